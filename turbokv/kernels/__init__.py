@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: CUDA > Triton > PyTorch, explicit and queryable.
+
+``auto`` takes the first backend that can run on the tensors' device. A backend asked for by name runs
+or raises :class:`BackendUnavailableError`; nothing falls back behind the caller's back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from turbokv import core
+
+Backend = Literal["auto", "cuda", "triton", "torch"]
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
+def check_backend(backend: str) -> Backend:
+    """Return ``backend`` if it is one of the known names, else raise ValueError."""
+    for name in get_args(Backend):
+        if backend == name:
+            return name  # type: ignore[no-any-return]
+    raise ValueError(f"backend: wanted one of {get_args(Backend)}, got {backend!r}")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's own switch ``TRITON_INTERPRET=1`` is set, which runs kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_unavailable(backend: Backend, device: torch.device | str) -> str | None:
+    """Return why ``backend`` cannot run on ``device``, or None if it can.
+
+    Parameters
+    ----------
+    backend
+        ``cuda``, ``triton`` or ``torch`` (``auto`` always runs).
+    device
+        Where the tensors are.
+    """
+    device = torch.device(device)
+    if backend == "cuda":
+        return "TurboKV's CUDA kernels are not part of this build"
+    if backend == "triton":
+        if not _triton_installed():
+            return "triton is not installed (pip install 'turbokv[triton]')"
+        if device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted()):
+            return None
+        return (
+            f"Triton needs CUDA tensors, got device {device}"
+            " (set TRITON_INTERPRET=1 before the first import of triton to interpret on the CPU)"
+        )
+    return None
+
+
+def available_backends(device: torch.device | str) -> list[Backend]:
+    """Return the backends that can run on ``device``, fastest first."""
+    names: tuple[Backend, ...] = ("cuda", "triton", "torch")
+    return [name for name in names if why_unavailable(name, device) is None]
+
+
+def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
+    """Return the backend that will run on ``device``.
+
+    Parameters
+    ----------
+    backend
+        A name, or ``auto`` for the first of CUDA, Triton, PyTorch that can run. The interpreter is a
+        test tool, so ``auto`` never chooses it.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If a backend asked for by name cannot run.
+    """
+    check_backend(backend)
+    device = torch.device(device)
+    if backend != "auto":
+        reason = why_unavailable(backend, device)
+        if reason is not None:
+            raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
+        return backend
+    if device.type == "cuda" and not triton_is_interpreted():
+        return available_backends(device)[0]
+    return "torch"
+
+
+def _module(backend: Backend, device: torch.device) -> ModuleType:
+    if resolve_backend(backend, device) == "triton":
+        from turbokv.kernels import triton_kernels
+
+        return triton_kernels
+    return core
+
+
+def compress(
+    x: Tensor, fmt: core.VectorFormat, packed: Tensor, norms: Tensor, backend: Backend = "auto"
+) -> None:
+    """Compress ``x`` ``[n, head_dim]`` into ``packed`` and ``norms``; see :func:`core.compress`."""
+    _module(backend, x.device).compress(x, fmt, packed, norms)
+
+
+def decompress(
+    packed: Tensor,
+    norms: Tensor,
+    fmt: core.VectorFormat,
+    out: Tensor,
+    *,
+    rotated: bool,
+    backend: Backend = "auto",
+) -> None:
+    """Decompress into ``out``, in rotated or original space; see :func:`core.decompress`."""
+    _module(backend, packed.device).decompress(packed, norms, fmt, out, rotated=rotated)
