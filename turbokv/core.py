@@ -132,6 +132,16 @@ def tree_sum_rows(x: Tensor) -> Tensor:
     return x[0]
 
 
+def exact_sqrt(x: Tensor) -> Tensor:
+    """Return the correctly rounded fp32 square root of fp32 ``x``.
+
+    By way of fp64, because PyTorch's own on the CPU is off by an ulp for one value in six (MKL), and by
+    which one depends on the length of the tensor. fp32 has no root so near a midpoint that rounding
+    twice could matter, even if the fp64 root is off by an ulp too.
+    """
+    return x.to(torch.float64).sqrt_().to(torch.float32)
+
+
 # --- codebooks ------------------------------------------------------------------------------------
 
 
@@ -355,11 +365,11 @@ def stored_scale(fmt: VectorFormat, y: Tensor, squares: Tensor, magnitude: Tenso
     """
     live = squares > SQUARES_FLOOR
     if fmt.scale_rule == "plain":
-        scale = squares.sqrt() * fmt.plain_factor
+        scale = exact_sqrt(squares) * fmt.plain_factor
     else:
         if fmt.scale_rule == "norm_corrected":
             # <L, L> is a sum of small integers for every lattice: exact in any order
-            ratio = squares.sqrt() / tree_sum_rows(magnitude * magnitude).sqrt()
+            ratio = exact_sqrt(squares) / exact_sqrt(tree_sum_rows(magnitude * magnitude))
         elif fmt.scale_rule == "least_squares":
             ratio = tree_sum_rows(y * magnitude) / tree_sum_rows(magnitude * magnitude)
         else:
@@ -450,8 +460,7 @@ def rotate_rows(x: Tensor, fmt: VectorFormat) -> Tensor:
     rows = torch.zeros if fmt.padded_dim != fmt.head_dim else torch.empty
     y = rows((fmt.padded_dim, x.shape[0]), dtype=torch.float32, device=x.device)
     y[: fmt.head_dim] = x.t()
-    if x.dtype != torch.float16:
-        y.clamp_(-INPUT_LIMIT, INPUT_LIMIT)
+    y.clamp_(-INPUT_LIMIT, INPUT_LIMIT)  # fp16 too: it has infinities
     return hadamard_rows(y.mul_(fmt.signs[:, None]))
 
 
@@ -472,7 +481,7 @@ def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> Non
         negative = (y < 0).view(torch.uint8)
         y = y.abs_()
         squares = tree_sum_rows(y * y)
-        root = squares.sqrt()
+        root = exact_sqrt(squares)
         # a tensor, because PyTorch computes `number / tensor` as a reciprocal and a product
         inverse = torch.full_like(root, fmt.normaliser) / root
         inverse = torch.where(squares > SQUARES_FLOOR, inverse, torch.zeros_like(inverse))

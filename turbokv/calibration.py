@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration of one model: what was measured per layer, its file, and whose it is.
+
+A file is safetensors with one JSON document in its header. It names the format version, the model's
+fingerprint and the widths that calibrated codebooks were made for; a file of another version or
+another model is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turbokv.centring import KeyOffsets, Rotary
+from turbokv.core import Codebook
+
+FORMAT = "turbokv-calibration"
+VERSION = 1
+# Embedding samples of the same weights in another dtype agree to bf16's rounding (2^-9); those of an
+# unrelated model do not agree at all.
+SKETCH_TOLERANCE = 0.02
+
+
+class CalibrationError(ValueError):
+    """A calibration file that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which model a calibration belongs to.
+
+    Attributes
+    ----------
+    config_sha256
+        Hash of the fields of the config that shape keys and values.
+    sketch
+        64 samples of the input embedding, to tell models of one architecture apart.
+    name
+        For messages only.
+    """
+
+    config_sha256: str
+    sketch: tuple[float, ...]
+    name: str = ""
+
+    def mismatch(self, other: Fingerprint) -> str | None:
+        """Return why the two differ, or None."""
+        if self.config_sha256 != other.config_sha256:
+            return (
+                f"its architecture hashes to {self.config_sha256[:12]} ({self.name or 'unnamed'}),"
+                f" this model's to {other.config_sha256[:12]} ({other.name or 'unnamed'})"
+            )
+        a, b = torch.tensor(self.sketch), torch.tensor(other.sketch)
+        if a.shape != b.shape or float((a - b).norm()) > SKETCH_TOLERANCE * float(b.norm()):
+            return (
+                f"the architecture is the same but the weights are not"
+                f" ({self.name or 'unnamed'} against {other.name or 'unnamed'})"
+            )
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCalibration:
+    """What one layer's keys and values are transformed with before the codec, and its codebooks.
+
+    Attributes
+    ----------
+    offsets
+        Centred keys: subtracted per segment of positions.
+    k_scale, v_scale
+        fp32 ``[heads, head_dim]``: channels are divided by it before compression. Engines fold K's
+        into the query and V's into the output.
+    v_shift
+        fp32 ``[heads, head_dim]``: subtracted from values, added to outputs (probabilities sum
+        to 1).
+    k_codebook, v_codebook
+        Calibrated levels.
+    """
+
+    offsets: KeyOffsets | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    v_shift: Tensor | None = None
+    k_codebook: Codebook | None = None
+    v_codebook: Codebook | None = None
+
+    def to(self, device: torch.device) -> LayerCalibration:
+        """Return the same calibration on ``device``."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        return replace(
+            self,
+            offsets=None if self.offsets is None else self.offsets.to(device),
+            k_scale=move(self.k_scale),
+            v_scale=move(self.v_scale),
+            v_shift=move(self.v_shift),
+        )
+
+    def check(self, heads: int, k_dim: int, v_dim: int) -> None:
+        """Raise ValueError unless the layer's tensors fit ``heads`` KV heads of these sizes."""
+        mu = None if self.offsets is None else self.offsets.mu
+        for name, tensor, dim in (
+            ("offsets", mu, k_dim),
+            ("k_scale", self.k_scale, k_dim),
+            ("v_scale", self.v_scale, v_dim),
+            ("v_shift", self.v_shift, v_dim),
+        ):
+            if tensor is not None and tuple(tensor.shape) != (heads, dim):
+                raise ValueError(
+                    f"calibration {name}: wanted shape {[heads, dim]}, got {list(tensor.shape)}"
+                )
+
+    def fold_k(self, k: Tensor) -> Tensor:
+        """Divide keys ``[..., heads, tokens, head_dim]`` by the channel scales."""
+        return k if self.k_scale is None else k / self.k_scale[:, None].to(k.dtype)
+
+    def unfold_k(self, k: Tensor) -> Tensor:
+        """Undo :meth:`fold_k`."""
+        return k if self.k_scale is None else k * self.k_scale[:, None].to(k.dtype)
+
+    def scale_offset(self, offset: Tensor) -> Tensor:
+        """Bring key offsets ``[..., heads, tokens, head_dim]`` into folded space."""
+        return offset if self.k_scale is None else offset / self.k_scale[:, None]
+
+    def fold_v(self, v: Tensor) -> Tensor:
+        """Shift and scale values ``[..., heads, tokens, head_dim]``."""
+        v = v if self.v_shift is None else v - self.v_shift[:, None].to(v.dtype)
+        return v if self.v_scale is None else v / self.v_scale[:, None].to(v.dtype)
+
+    def unfold_v(self, v: Tensor) -> Tensor:
+        """Undo :meth:`fold_v`."""
+        v = v if self.v_scale is None else v * self.v_scale[:, None].to(v.dtype)
+        return v if self.v_shift is None else v + self.v_shift[:, None].to(v.dtype)
+
+
+_TENSORS = ("k_scale", "v_scale", "v_shift")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Calibrations of all layers of one model.
+
+    Attributes
+    ----------
+    fingerprint
+        The model they were measured on.
+    layers
+        By layer index; layers that are not compressed are absent.
+    source
+        What was run to measure them, for humans.
+    """
+
+    fingerprint: Fingerprint
+    layers: dict[int, LayerCalibration]
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def layer(self, index: int) -> LayerCalibration | None:
+        """Return the calibration of one layer, or None."""
+        return self.layers.get(index)
+
+    def check_widths(self, k_bits: int, v_bits: int) -> None:
+        """Raise ValueError if calibrated codebooks are for other widths."""
+        for index, layer in self.layers.items():
+            for name, book, bits in (
+                ("k_bits", layer.k_codebook, k_bits),
+                ("v_bits", layer.v_codebook, v_bits),
+            ):
+                if book is not None and book.bits != bits:
+                    raise ValueError(
+                        f"{name}: wanted {book.bits}, the width of the calibrated codebook of"
+                        f" layer {index}, got {bits}"
+                    )
+
+    def check_model(self, fingerprint: Fingerprint) -> None:
+        """Raise :class:`CalibrationError` if this calibration is of another model."""
+        reason = self.fingerprint.mismatch(fingerprint)
+        if reason is not None:
+            raise CalibrationError(f"calibration: wanted one of this model, but {reason}")
+
+    def keep(self, *names: str) -> Calibration:
+        """Return a calibration with only the named parts.
+
+        Parameters
+        ----------
+        names
+            Among ``offsets``, ``k_scale``, ``v_scale``, ``v_shift``, ``k_codebook``,
+            ``v_codebook``.
+        """
+        known = set(LayerCalibration.__dataclass_fields__)
+        unknown = set(names) - known
+        if unknown:
+            raise ValueError(f"names: wanted some of {sorted(known)}, got {sorted(unknown)}")
+        dropped = {name: None for name in known - set(names)}
+        return replace(
+            self, layers={i: replace(layer, **dropped) for i, layer in self.layers.items()}
+        )
+
+    # --- files --------------------------------------------------------------------------------
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Write one safetensors file; an existing file is replaced only when complete."""
+        path = pathlib.Path(path)
+        tensors: dict[str, Tensor] = {}
+        layers: dict[str, Any] = {}
+        for index, layer in self.layers.items():
+            entry: dict[str, Any] = {}
+            if layer.offsets is not None:
+                tensors[f"{index}.mu"] = layer.offsets.mu
+                tensors[f"{index}.inv_freq"] = layer.offsets.rotary.inv_freq
+                entry["interleaved"] = layer.offsets.rotary.interleaved
+            for name in _TENSORS:
+                tensor = getattr(layer, name)
+                if tensor is not None:
+                    tensors[f"{index}.{name}"] = tensor
+            for name in ("k_codebook", "v_codebook"):
+                book: Codebook | None = getattr(layer, name)
+                if book is not None:
+                    entry[name] = {
+                        "bits": book.bits,
+                        "magnitudes": list(book.magnitudes),
+                        "step": book.step,
+                        "frac_bits": book.frac_bits,
+                    }
+            layers[str(index)] = entry
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": {
+                "config_sha256": self.fingerprint.config_sha256,
+                "sketch": list(self.fingerprint.sketch),
+                "name": self.fingerprint.name,
+            },
+            "source": self.source,
+            "layers": layers,
+        }
+        # clones, because layers may share a tensor of rotary frequencies and safetensors refuses that
+        partial = path.with_name(path.name + ".partial")
+        save_file(
+            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
+            partial,
+            metadata={FORMAT: json.dumps(header)},
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(
+        cls, path: str | pathlib.Path, *, fingerprint: Fingerprint | None = None
+    ) -> Calibration:
+        """Read a file written by :meth:`save`.
+
+        Parameters
+        ----------
+        path
+            The file.
+        fingerprint
+            Of the model it is to be used with; another model's file is refused.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        CalibrationError
+            If the file is damaged, of another kind or version, or of another model.
+        """
+        path = pathlib.Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"calibration: wanted a file, got {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(FORMAT)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, OSError) as error:
+            raise CalibrationError(
+                f"calibration: wanted a safetensors file, got {path} ({error})"
+            ) from error
+        if text is None:
+            raise CalibrationError(f"calibration: wanted a {FORMAT} file, got {path}")
+        try:
+            header = json.loads(text)
+            version = header["version"]
+            if version != VERSION:
+                raise CalibrationError(f"calibration: wanted version {VERSION}, got {version}")
+            found = header["fingerprint"]
+            calibration = cls(
+                Fingerprint(found["config_sha256"], tuple(found["sketch"]), found["name"]),
+                {int(i): _layer(int(i), e, tensors) for i, e in header["layers"].items()},
+                header["source"],
+            )
+        except CalibrationError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(
+                f"calibration: wanted a complete header, got {path} ({error!r})"
+            ) from error
+        if fingerprint is not None:
+            calibration.check_model(fingerprint)
+        return calibration
+
+
+def _layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerCalibration:
+    """Build one layer from its header entry and the file's tensors."""
+    offsets = None
+    if "interleaved" in entry:
+        rotary = Rotary(tensors[f"{index}.inv_freq"], bool(entry["interleaved"]))
+        offsets = KeyOffsets(tensors[f"{index}.mu"], rotary)
+    books = {
+        name: Codebook(
+            entry[name]["bits"],
+            tuple(entry[name]["magnitudes"]),
+            entry[name]["step"],
+            entry[name]["frac_bits"],
+        )
+        for name in ("k_codebook", "v_codebook")
+        if name in entry
+    }
+    scales = {name: tensors.get(f"{index}.{name}") for name in _TENSORS}
+    return LayerCalibration(offsets=offsets, **scales, **books)

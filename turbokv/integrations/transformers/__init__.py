@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers: a drop-in cache, calibration, the demo and quality measurements."""
+
+from turbokv.integrations.transformers.cache import TurboKVCache, TurboKVLayer, cache_nbytes
+
+__all__ = ["TurboKVCache", "TurboKVLayer", "cache_nbytes"]

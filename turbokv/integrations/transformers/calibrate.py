@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a calibration on a Transformers model, from text or from random token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from turbokv.calibrate_online import LATTICE_BITS, OnlineCalibrator
+from turbokv.calibrate_static import StaticCalibrator
+from turbokv.calibration import Calibration, LayerCalibration
+from turbokv.centring import KeyOffsets, Rotary
+from turbokv.codec import TurboKVCodec
+from turbokv.integrations.transformers.models import fingerprint
+
+# The first tokens of a text are outliers (attention sinks): they would pull the mean towards
+# themselves, and the cache keeps them in 16 bits anyway.
+SKIP_TOKENS = 4
+_PROBE_TOKENS = 64
+# fp32 rounding through some tens of layers stays under 1e-3; a wrong rotary gives errors near 1.
+_PROBE_TOLERANCE = 1e-2
+_CAPTURE = "turbokv_capture_queries"
+PARTS = ("offsets", "k_scale", "v_scale", "v_shift", "k_codebook", "v_codebook")
+
+
+def _layers_of(cache: DynamicCache) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            yield index, layer.keys, layer.values
+
+
+def find_rotary(model: Any) -> dict[int, Rotary]:
+    """Find how each full-attention layer embeds positions, by trying.
+
+    A text of one repeated token gives every layer the same key before rotary embedding at every
+    position (attention over equal values returns that value), so ``k(p) = R(p) k(0)`` must hold for
+    the right rotary. Candidates are the model's own ``inv_freq`` buffers, in both pair orders, and
+    no rotary at all.
+
+    Returns
+    -------
+    dict
+        Rotary by layer. Layers where no candidate holds, and multi-dimensional or length-dependent
+        rotary embeddings, are absent: their keys are not centred.
+    """
+    config = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    described = str(parameters)
+    if any(word in described for word in ("mrope", "dynamic", "longrope")):
+        return {}
+    candidates = [Rotary(torch.empty(0, dtype=torch.float64))]
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            inv_freq = buffer.detach().to("cpu", torch.float64)
+            candidates += [Rotary(inv_freq), Rotary(inv_freq, interleaved=True)]
+    token = min(1000, config.vocab_size - 1)
+    ids = torch.full((1, _PROBE_TOKENS), token, device=model.device)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    positions = torch.arange(_PROBE_TOKENS)
+    found: dict[int, Rotary] = {}
+    for index, keys, _ in _layers_of(cache):
+        k = keys[0].to("cpu", torch.float64)
+        for rotary in candidates:
+            if rotary.rotary_dim > k.shape[-1]:
+                continue
+            expected = rotary.rotate(k[:, :1].expand_as(k), positions)
+            if float((expected - k).norm() / k.norm()) < _PROBE_TOLERANCE:
+                found[index] = rotary
+                break
+    return found
+
+
+@contextmanager
+def _captured_queries(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the query of every attention call, ``[batch, num_qo_heads, tokens, head_dim]``."""
+    queries: list[Tensor] = []
+    previous = model.config._attn_implementation
+    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def capture(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        queries.append(query.detach())
+        return inner(module, query, *args, **kwargs)
+
+    AttentionInterface.register(_CAPTURE, capture)
+    AttentionMaskInterface.register(_CAPTURE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(_CAPTURE)
+    try:
+        yield queries
+    finally:
+        model.set_attn_implementation(previous)
+
+
+def random_tokens(model: Any, count: int, seed: int = 0) -> Tensor:
+    """Return random token ids ``[1, count]``: the data-free calibration text."""
+    generator = torch.Generator().manual_seed(seed)
+    size = model.config.get_text_config(decoder=True).vocab_size
+    return torch.randint(0, size, (1, count), generator=generator).to(model.device)
+
+
+@torch.inference_mode()
+def calibrate(
+    model: Any,
+    ids: Tensor | None = None,
+    *,
+    parts: tuple[str, ...] = ("offsets",),
+    k_bits: int = 4,
+    v_bits: int | None = None,
+    context: int = 1024,
+    tokens: int = 8192,
+    name: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Measure a calibration.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model.
+    ids
+        int64 ``[1, tokens]`` of text; None takes random token ids.
+    parts
+        What to measure: ``offsets`` (centred keys), ``k_scale``, ``v_scale``, ``v_shift``,
+        ``k_codebook``, ``v_codebook``. Only ``offsets`` is known to help; ``turbokv eval`` judges.
+    k_bits, v_bits
+        Widths that codebooks are made for.
+    context
+        Tokens per forward pass; positions start at 0 in each.
+    tokens
+        Most tokens to read.
+    name
+        The model's name, for messages.
+    progress
+        Called with tokens done and tokens in all.
+
+    Raises
+    ------
+    ValueError
+        For unknown parts, or a text shorter than 64 tokens.
+    """
+    unknown = set(parts) - set(PARTS)
+    if unknown or not parts:
+        raise ValueError(f"parts: wanted some of {PARTS}, got {parts}")
+    source = "random token ids" if ids is None else "text"
+    if ids is None:
+        ids = random_tokens(model, tokens)
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 64:
+        raise ValueError(f"ids: wanted shape [1, 64 or more], got {list(ids.shape)}")
+    ids = ids[:, :tokens].to(model.device)
+    v_bits = k_bits if v_bits is None else v_bits
+    rotaries = find_rotary(model) if "offsets" in parts else {}
+    statics = StaticCalibrator()
+    pieces = [p for p in ids.split(context, dim=1) if p.shape[1] > SKIP_TOKENS]
+    for number, piece in enumerate(pieces):
+        for index, k, v, q in _forward(model, piece, with_queries="k_scale" in parts):
+            named = {"k": k, "v": v}
+            if q is not None:
+                named["q"] = q
+            if index in rotaries:
+                positions = torch.arange(SKIP_TOKENS, SKIP_TOKENS + k.shape[1])
+                named["k_pre"] = rotaries[index].rotate(k.float(), positions, inverse=True)
+            statics.update(index, **named)
+        if progress is not None:
+            progress((number + 1) * context, len(pieces) * context)
+    layers: dict[int, LayerCalibration] = {}
+    for index in statics.layers():
+        offsets = None
+        if index in rotaries:
+            offsets = KeyOffsets(statics.k_mean(index), rotaries[index])
+        layers[index] = LayerCalibration(
+            offsets=offsets,
+            k_scale=statics.k_scale(index) if "k_scale" in parts else None,
+            v_scale=statics.v_scale(index) if "v_scale" in parts else None,
+            v_shift=statics.v_shift(index) if "v_shift" in parts else None,
+        )
+    if {"k_codebook", "v_codebook"} & set(parts):
+        layers = _with_codebooks(model, pieces, layers, parts, k_bits, v_bits)
+    return Calibration(
+        fingerprint(model, name),
+        layers,
+        {"tokens": int(ids.shape[1]), "from": source, "context": context, "parts": list(parts)},
+    )
+
+
+def _forward(
+    model: Any, piece: Tensor, *, with_queries: bool = False
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """Run one text; yield per layer ``[heads, tokens, dim]`` of K, V and grouped Q, sinks left out."""
+    cache = DynamicCache(config=model.config)
+    queries: list[Tensor] = []
+    if with_queries:
+        with _captured_queries(model) as queries:
+            model(input_ids=piece, past_key_values=cache, use_cache=True)
+    else:
+        model(input_ids=piece, past_key_values=cache, use_cache=True)
+    for index, keys, values in _layers_of(cache):
+        k, v = keys[0, :, SKIP_TOKENS:], values[0, :, SKIP_TOKENS:]
+        q = None
+        if with_queries:
+            raw = queries[index][0, :, SKIP_TOKENS:]
+            q = raw.reshape(k.shape[0], -1, raw.shape[-1])
+        yield index, k, v, q
+
+
+def _with_codebooks(
+    model: Any,
+    pieces: list[Tensor],
+    layers: dict[int, LayerCalibration],
+    parts: tuple[str, ...],
+    k_bits: int,
+    v_bits: int,
+) -> dict[int, LayerCalibration]:
+    """Fit codebooks to what is left after the other parts have been applied."""
+    from dataclasses import replace
+
+    calibrators: dict[int, OnlineCalibrator] = {}
+    for piece in pieces:
+        for index, k, v, _ in _forward(model, piece):
+            layer = layers[index] = layers[index].to(k.device)
+            if index not in calibrators:
+                codec = TurboKVCodec(k.shape[-1], k_bits, v_bits, device=k.device)
+                calibrators[index] = OnlineCalibrator(codec)
+            k, v = layer.fold_k(k.float()), layer.fold_v(v.float())
+            if layer.offsets is not None:
+                k = k - layer.scale_offset(layer.offsets.at(SKIP_TOKENS, k.shape[1]))
+            calibrators[index].collect(index, k, v)
+    for index, calibrator in calibrators.items():
+        books: dict[str, Any] = {}
+        if "k_codebook" in parts and k_bits in LATTICE_BITS:
+            books["k_codebook"] = calibrator.codebook(index, "k")
+        if "v_codebook" in parts and v_bits in LATTICE_BITS:
+            books["v_codebook"] = calibrator.codebook(index, "v")
+        layers[index] = replace(layers[index], **books)
+    return layers

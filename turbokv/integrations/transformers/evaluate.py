@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of ``turbokv eval``: presets and rivals in one run, a needle grid, a plot."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from turbokv.calibration import Calibration
+from turbokv.codec import TurboKVCodec
+from turbokv.integrations.transformers.baselines import BASELINES
+from turbokv.integrations.transformers.cache import DEFAULT_SINKS, DEFAULT_WINDOW, TurboKVCache
+from turbokv.integrations.transformers.models import english_text
+from turbokv.integrations.transformers.quality import CacheFactory, compare, simulated_cache
+
+CALIBRATIONS = ("none", "centred", "random")
+PRESETS = (
+    "k8v4+w",
+    "k5v4+w",
+    "k5v4+w+centred",
+    "k4v4",
+    "k4v4+w",
+    "k4v4+w+random",
+    "k4v4+w+centred",
+    "k5v3+w",
+    "k5v3+w+centred",
+    "k4v3+w",
+    "k4v3+w+centred",
+    "k3v3",
+    "k3v3+w",
+    "k3v3+w+centred",
+    "k4v2+w",
+    "k4v2+w+centred",
+    "k3v2+w",
+    "k3v2+w+centred",
+    "k2v2+w",
+    "k2v2+w+centred",
+)
+RIVALS = tuple(BASELINES)
+_PRESET = re.compile(r"k([2-8])v([2-8])((?:\+(?:w\d*|s\d+|[a-z_]+))*)")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A cache of ours, as written on the command line.
+
+    Attributes
+    ----------
+    name
+        ``k5v3``, then optional ``+w`` or ``+w256`` (recent window), ``+s8`` (sinks; 4 with a window,
+        else 0) and ``+centred`` (keys centred by a calibration from text), ``+random`` (from random
+        token ids).
+    calibration
+        ``none``, ``centred`` or ``random``.
+    """
+
+    name: str
+    k_bits: int
+    v_bits: int
+    window: int
+    sinks: int
+    calibration: str
+
+    @classmethod
+    def parse(
+        cls, name: str, window: int = DEFAULT_WINDOW, sinks: int = DEFAULT_SINKS
+    ) -> Preset:
+        """Read a preset's name; ``window`` and ``sinks`` are what a bare ``+w`` means."""
+        match = _PRESET.fullmatch(name)
+        if match is None:
+            raise ValueError(f"preset: wanted a name like k5v3+w128+s4+centred, got {name!r}")
+        found = {"window": 0, "sinks": -1}
+        calibration = "none"
+        for word in match[3].split("+")[1:]:
+            if word == "w":
+                found["window"] = window
+            elif re.fullmatch(r"w\d+", word):
+                found["window"] = int(word[1:])
+            elif re.fullmatch(r"s\d+", word):
+                found["sinks"] = int(word[1:])
+            elif word in CALIBRATIONS[1:]:
+                calibration = word
+            else:
+                raise ValueError(
+                    f"preset: wanted +w, +wN, +sN, +centred or +random in {name!r}, got +{word}"
+                )
+        if found["sinks"] < 0:
+            found["sinks"] = sinks if found["window"] else 0
+        return cls(
+            name, int(match[1]), int(match[2]), found["window"], found["sinks"], calibration
+        )
+
+    def bits_per_number(self, head_dim: int) -> float:
+        """Return stored bits per number of a compressed token (window and sinks not counted)."""
+        codec = TurboKVCodec(head_dim, self.k_bits, self.v_bits)
+        return 8 * (codec.bytes_per_vector("k") + codec.bytes_per_vector("v")) / (2 * head_dim)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    rival: bool
+    bits: float
+    kl: float
+    one_minus_tv: float
+    top1: float
+    perplexity_ratio: float
+    kl_over_fp8: float | None
+    kl_over_int4: float | None
+
+
+def head_dim_of(model: Any) -> int:
+    """Return the model's head size."""
+    config = model.config.get_text_config(decoder=True)
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
+
+
+def factory_for(
+    model: Any,
+    name: str,
+    calibrations: dict[str, Calibration],
+    *,
+    window: int = DEFAULT_WINDOW,
+    sinks: int = DEFAULT_SINKS,
+    first_position: int = 0,
+) -> CacheFactory:
+    """Return what makes an empty cache called ``name`` (``full``, a rival or a preset)."""
+    if name == "full":
+        return lambda: DynamicCache(config=model.config)
+    if name in BASELINES:
+        return lambda: simulated_cache(model.config, BASELINES[name])
+    preset = Preset.parse(name, window, sinks)
+    calibration = None
+    if preset.calibration != "none":
+        if preset.calibration not in calibrations:
+            raise ValueError(f"calibrations: wanted {preset.calibration!r} for {name}, got none")
+        calibration = calibrations[preset.calibration]
+
+    def make() -> Cache:
+        return TurboKVCache(
+            model.config,
+            preset.k_bits,
+            preset.v_bits,
+            window=preset.window,
+            sinks=preset.sinks,
+            calibration=calibration,
+            first_position=first_position,
+        )
+
+    return make
+
+
+def score_table(
+    model: Any,
+    ids: Tensor,
+    names: Sequence[str],
+    calibrations: dict[str, Calibration],
+    *,
+    chunk: int = 64,
+    window: int = DEFAULT_WINDOW,
+    sinks: int = DEFAULT_SINKS,
+    first_position: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Score presets and rivals on one text, all in one run (see :func:`quality.compare`)."""
+    head_dim = head_dim_of(model)
+    factories = {
+        name: factory_for(
+            model, name, calibrations, window=window, sinks=sinks, first_position=first_position
+        )
+        for name in names
+    }
+    scores = compare(
+        model, ids, factories, chunk=chunk, first_position=first_position, progress=progress
+    )
+    fp8, int4 = scores.get("fp8"), scores.get("int4_per_token_head")
+    rows = []
+    for name, score in scores.items():
+        rival = name in BASELINES
+        bits = (
+            BASELINES[name].bits_per_number(head_dim)
+            if rival
+            else Preset.parse(name, window, sinks).bits_per_number(head_dim)
+        )
+        rows.append(
+            Row(
+                name,
+                rival,
+                bits,
+                score.kl,
+                score.one_minus_tv,
+                score.top1,
+                score.perplexity_ratio,
+                score.kl / fp8.kl if fp8 else None,
+                score.kl / int4.kl if int4 else None,
+            )
+        )
+    return rows
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def read_text(name: str) -> str:
+    """Return a text: ``topics`` (Python's help), ``code`` (its sources) or the file ``name``."""
+    if name == "topics":
+        return english_text()
+    if name == "code":
+        import argparse
+        import inspect
+        import tarfile
+
+        return inspect.getsource(argparse) + inspect.getsource(tarfile)
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"text: wanted 'topics', 'code' or a file, got {name}")
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def split_text(tokenizer: Any, text: str, tokens: int, calibration_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tokenise a text into a scored part and a disjoint part to calibrate on.
+
+    Returns
+    -------
+    tuple
+        int64 ``[1, tokens]`` from the middle of the text, and ``[1, calibration_tokens]`` from its
+        end.
+    """
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    if ids.shape[1] < tokens + calibration_tokens:
+        raise ValueError(
+            f"text: wanted at least {tokens + calibration_tokens} tokens"
+            f" (scored and to calibrate on), got {ids.shape[1]}"
+        )
+    start = (ids.shape[1] - tokens - calibration_tokens) // 2
+    return ids[:, start : start + tokens], ids[:, ids.shape[1] - calibration_tokens :]
+
+
+# --- needle ---------------------------------------------------------------------------------------
+
+_NEEDLE = " The secret code of the blue warehouse is {}."
+_QUESTION = " As noted above, the secret code of the blue warehouse is"
+_CODES = ("48213", "90517", "27364", "61985", "35072")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One cell of the needle grid.
+
+    Attributes
+    ----------
+    found
+        Whether greedy decoding repeats the planted code.
+    log_probability
+        Of the code's tokens, per token.
+    """
+
+    name: str
+    context: int
+    depth: float
+    found: bool
+    log_probability: float
+
+
+@torch.inference_mode()
+def needle_grid(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    calibrations: dict[str, Calibration],
+    *,
+    contexts: Sequence[int] = (512, 1024, 2048),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    window: int = DEFAULT_WINDOW,
+    sinks: int = DEFAULT_SINKS,
+    chunk: int = 128,
+    progress: Callable[[str], None] | None = None,
+) -> list[Needle]:
+    """Plant a five-digit code at several depths of a text and ask for it at the end.
+
+    Parameters
+    ----------
+    names
+        Caches to try: ``full``, rivals and presets.
+    contexts
+        Tokens before the question.
+    depths
+        Where the sentence is planted, 0 (start) to 1 (just before the question).
+    chunk
+        Tokens per forward pass of the text, so that its past is compressed as it grows.
+    """
+    hay = tokenizer(english_text(), return_tensors="pt").input_ids.to(model.device)
+    question = tokenizer(_QUESTION, return_tensors="pt", add_special_tokens=False).input_ids
+    question = question.to(model.device)
+    cells = []
+    for context in contexts:
+        for number, depth in enumerate(depths):
+            code = _CODES[number % len(_CODES)]
+            planted = tokenizer(
+                _NEEDLE.format(code), return_tensors="pt", add_special_tokens=False
+            ).input_ids.to(model.device)
+            answer = tokenizer(f" {code}", return_tensors="pt", add_special_tokens=False)
+            expected = answer.input_ids.to(model.device)
+            at = int(depth * (context - planted.shape[1]))
+            ids = torch.cat(
+                [hay[:, :at], planted, hay[:, at : context - planted.shape[1]], question, expected],
+                dim=1,
+            )
+            for name in names:
+                cache = factory_for(model, name, calibrations, window=window, sinks=sinks)()
+                logits = None
+                for start in range(0, ids.shape[1], chunk):
+                    piece = ids[:, start : start + chunk]
+                    out = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0]
+                    logits = out if logits is None else torch.cat([logits, out])[-2 * chunk :]
+                assert logits is not None
+                count = expected.shape[1]
+                scored = torch.log_softmax(logits[-count - 1 : -1].float(), -1)
+                picked = scored.gather(1, expected[0][:, None]).mean()
+                found = bool((scored.argmax(-1) == expected[0]).all())
+                cells.append(Needle(name, context, depth, found, float(picked)))
+            if progress is not None:
+                progress(f"needle at {depth:.0%} of {context}")
+    return cells
+
+
+# --- plot -----------------------------------------------------------------------------------------
+
+
+def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> None:
+    """Draw KL against bits a number (log scale) as a PNG; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
+    groups = {
+        "TurboKV, nothing kept": ([r for r in rows if not r.rival and "+" not in r.name], "o"),
+        "TurboKV, window and sinks": (
+            [r for r in rows if not r.rival and "+" in r.name and "centred" not in r.name],
+            "s",
+        ),
+        "TurboKV, and centred keys": ([r for r in rows if "centred" in r.name], "D"),
+        "vLLM's caches": ([r for r in rows if r.rival], "x"),
+    }
+    for label, (group, marker) in groups.items():
+        if not group:
+            continue
+        axes.scatter([r.bits for r in group], [r.kl for r in group], marker=marker, label=label)
+        for row in group:
+            name = row.name if row.rival else row.name.split("+")[0]
+            axes.annotate(
+                name, (row.bits, row.kl), textcoords="offset points", xytext=(5, 3), fontsize=7
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("stored bits per number (codes and scales)")
+    axes.set_ylabel("KL to full precision, nats a token")
+    axes.set_title(title)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

