@@ -73,9 +73,7 @@ def test_same_weights_in_another_dtype_are_the_same_model(tmp_path: pathlib.Path
         (fingerprint(shift=0.5), "of this model, but the architecture is the same but the weights"),
     ],
 )
-def test_another_model_is_refused(
-    tmp_path: pathlib.Path, other: Fingerprint, message: str
-) -> None:
+def test_another_model_is_refused(tmp_path: pathlib.Path, other: Fingerprint, message: str) -> None:
     path = tmp_path / "c.safetensors"
     example().save(path)
     with pytest.raises(CalibrationError, match=message):
@@ -228,7 +226,7 @@ def test_fitted_codebook_adapts_to_heavy_tails() -> None:
 def test_codebooks_need_enough_data_and_a_lattice_width() -> None:
     calibrator = OnlineCalibrator(TurboKVCodec(DIM, 4))
     calibrator.collect(0, torch.randn(10, DIM), torch.randn(10, DIM))
-    with pytest.raises(ValueError, match="wanted at least 10000 k coordinates .* got 640"):
+    with pytest.raises(ValueError, match=r"wanted at least 10000 k coordinates .* got 640"):
         calibrator.codebook(0, "k")
     with pytest.raises(ValueError, match="bits: wanted one of"):
         calibrator.codebook(0, "k", bits=7)

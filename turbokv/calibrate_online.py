@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """OnlineCalibrator: codebooks per layer from the vectors a model really stores.
 
-Every layer keeps one histogram of ``|coordinate| / rms`` in rotated space for keys and one for values:
-constant memory, no sampling. :meth:`OnlineCalibrator.codebook` runs Lloyd's iteration on it and
-restricts the result to an int8 lattice, so calibrated codebooks run in the same kernels.
+Every layer keeps one histogram of ``|coordinate| / rms`` in rotated space for keys and one for
+values: constant memory, no sampling. :meth:`OnlineCalibrator.codebook` runs Lloyd's iteration on it
+and restricts the result to an int8 lattice, so calibrated codebooks run in the same kernels.
 
-A calibrated codebook lowers the squared error of its layer and may still raise the divergence of the
-model: keep it only if ``turbokv eval`` says so.
+A calibrated codebook lowers the squared error of its layer and may still raise the divergence of
+the model: keep it only if ``turbokv eval`` says so.
 
 Source: Lloyd (1982); TurboQuant, arXiv:2504.19874, section 3, for the rotated coordinates.
 """

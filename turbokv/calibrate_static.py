@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static statistics per channel: mean pre-rotary keys, channel scales, value shifts.
 
-All three leave attention unchanged before quantisation: a key offset cancels in the softmax, a channel
-scale of K is undone in the query and one of V in the output, a shift of V passes through because
-probabilities sum to 1. What they change is what the quantiser sees.
+All three leave attention unchanged before quantisation: a key offset cancels in the softmax, a
+channel scale of K is undone in the query and one of V in the output, a shift of V passes through
+because probabilities sum to 1. What they change is what the quantiser sees.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class StaticCalibrator:
         evenly, and the query weighs channel j by ``q_j^2 c_j^2``; by Cauchy-Schwarz the product is
         least at ``c = sqrt(rms(k) / rms(q))``.
         """
-        return _normalised((self._get(layer, "k").rms / self._get(layer, "q").rms.clamp_min(1e-12)))
+        return _normalised(self._get(layer, "k").rms / self._get(layer, "q").rms.clamp_min(1e-12))
 
     def v_scale(self, layer: int) -> Tensor:
         """Return the channel scales of V for outputs whose channels weigh the same."""

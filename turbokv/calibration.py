@@ -23,8 +23,8 @@ from turbokv.core import Codebook
 
 FORMAT = "turbokv-calibration"
 VERSION = 1
-# Embedding samples of the same weights in another dtype agree to bf16's rounding (2^-9); those of an
-# unrelated model do not agree at all.
+# Embedding samples of the same weights in another dtype agree to bf16's rounding (2^-9); those of
+# an unrelated model do not agree at all.
 SKETCH_TOLERANCE = 0.02
 
 
@@ -242,7 +242,8 @@ class Calibration:
             "source": self.source,
             "layers": layers,
         }
-        # clones, because layers may share a tensor of rotary frequencies and safetensors refuses that
+        # clones, because layers may share a tensor of rotary frequencies and safetensors refuses
+        # that
         partial = path.with_name(path.name + ".partial")
         save_file(
             {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
@@ -312,15 +313,11 @@ def _layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Lay
     if "interleaved" in entry:
         rotary = Rotary(tensors[f"{index}.inv_freq"], bool(entry["interleaved"]))
         offsets = KeyOffsets(tensors[f"{index}.mu"], rotary)
-    books = {
-        name: Codebook(
-            entry[name]["bits"],
-            tuple(entry[name]["magnitudes"]),
-            entry[name]["step"],
-            entry[name]["frac_bits"],
-        )
-        for name in ("k_codebook", "v_codebook")
-        if name in entry
-    }
-    scales = {name: tensors.get(f"{index}.{name}") for name in _TENSORS}
-    return LayerCalibration(offsets=offsets, **scales, **books)
+    found: dict[str, Any] = {name: tensors.get(f"{index}.{name}") for name in _TENSORS}
+    for name in ("k_codebook", "v_codebook"):
+        if name in entry:
+            book = dict(entry[name])
+            found[name] = Codebook(
+                book["bits"], tuple(book["magnitudes"]), book["step"], book["frac_bits"]
+            )
+    return LayerCalibration(offsets=offsets, **found)

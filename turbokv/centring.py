@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Centred keys: the vector that every key of a segment of positions has subtracted.
 
-A constant added to all keys that a query meets cancels in the softmax, so what keys share need not be
-quantised. After rotary embedding they share little over long ranges, but within a segment of 256
+A constant added to all keys that a query meets cancels in the softmax, so what keys share need not
+be quantised. After rotary embedding they share little over long ranges, but within a segment of 256
 positions the mean of ``R(p) mu`` over its positions does well, with ``mu`` the mean key *before*
 rotary embedding. Readers rebuild ``K = scale * code + mu_segment``, which is exact for any ``mu``.
 
-Source: softmax invariance to key offsets is used by OptR and KVQuant (arXiv:2401.18079, section 3.1,
-pre-RoPE statistics); the per-segment form is ours.
+Source: softmax invariance to key offsets is used by OptR and KVQuant (arXiv:2401.18079, section
+3.1, pre-RoPE statistics); the per-segment form is ours.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rotary:
         return 2 * self.inv_freq.numel()
 
     def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Multiply the pairs of ``x`` ``[..., head_dim]`` by ``cos + i sin`` ``[..., rotary_dim/2]``."""
+        """Multiply the pairs of ``x`` ``[..., head_dim]`` by ``cos + i sin`` of each pair."""
         dim = self.rotary_dim
         if self.interleaved:
             a, b = x[..., 0:dim:2], x[..., 1:dim:2]
@@ -135,7 +135,7 @@ class KeyOffsets:
 def rotary_frequencies(
     head_dim: int, theta: float = 10_000.0, rotary_dim: int | None = None
 ) -> Tensor:
-    """Return the plain RoPE frequencies: float64 ``[rotary_dim / 2]`` (arXiv:2104.09864, sec. 3.2.2)."""
+    """Return plain RoPE frequencies, float64 ``[rotary_dim / 2]`` (arXiv:2104.09864, 3.2.2)."""
     dim = head_dim if rotary_dim is None else rotary_dim
     if dim % 2 or not 0 <= dim <= head_dim:
         raise ValueError(f"rotary_dim: wanted an even number up to {head_dim}, got {dim}")

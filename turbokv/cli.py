@@ -54,17 +54,14 @@ def _progress() -> Progress:
 
 def _load(path: pathlib.Path | None, dtype: str, device: str, threads: int = 0) -> LoadedModel:
     """Load a model; the one import of PyTorch and Transformers that a user waits for."""
-    try:
-        import torch
-        import transformers
+    import torch
 
+    try:
         from turbokv.integrations.transformers import models
     except ModuleNotFoundError as error:
         raise ValueError(
             f"transformers: wanted the extra 'turbokv[transformers]', got no module {error.name!r}"
         ) from error
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     chosen = getattr(torch, dtype, None)
     if chosen not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: wanted float32, bfloat16 or float16, got {dtype!r}")
@@ -377,6 +374,55 @@ def calibrate(
         f"{output}: {len(result.layers)} layers, {centred} with centred keys,"
         f" from {result.source['tokens']} tokens of {result.source['from']}"
     )
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        pathlib.Path, typer.Argument(help="A config.json, or a model folder that holds one.")
+    ],
+    gpu_memory: Annotated[float, typer.Option(help="GiB of GPU memory for the model.")] = 80.0,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 32_768,
+    utilisation: Annotated[float, typer.Option(help="Share of the memory to use.")] = 0.9,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="16, 8 or 4 for linear layers; default the checkpoint's.")
+    ] = None,
+    reserve: Annotated[float, typer.Option(help="GiB for activations and graphs.")] = 2.0,
+    recent_fraction: Annotated[
+        float, typer.Option(help="Share of the cache for 16-bit copies of the newest tokens.")
+    ] = 0.02,
+    presets: Annotated[str, typer.Option(help="Comma list such as k4v4,k5v3; or all.")] = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Say how many tokens and sequences fit a GPU at bf16, fp8 and each preset."""
+    from turbokv import plan as planner
+
+    result = planner.plan(
+        model,
+        gpu_memory=gpu_memory,
+        context=context,
+        utilisation=utilisation,
+        weight_bits=weight_bits,
+        activation_reserve=reserve,
+        recent_fraction=recent_fraction,
+        presets=_names(presets, planner.PRESETS),
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        console.print(planner.render(result))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can run, and what to do about what it cannot."""
+    from turbokv import doctor as checks
+
+    found = checks.diagnose()
+    if as_json:
+        _print_json([check.to_dict() for check in found])
+    else:
+        console.print(checks.render(found))
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ class TurboKVCodec:
     Parameters
     ----------
     head_dim
-        Elements per vector, 8 to 512. Sizes that are no power of two are zero-padded to the next one
-        (96 is stored as 128, a third more bytes).
+        Elements per vector, 8 to 512. Sizes that are no power of two are zero-padded to the next
+        one (96 is stored as 128, a third more bytes).
     k_bits, v_bits
         Widths, 2 to 8. ``v_bits`` defaults to ``k_bits``.
     seed
@@ -31,7 +31,8 @@ class TurboKVCodec:
     norm_dtype
         dtype of the stored scale: float16 (default), bfloat16 or float32.
     k_scale_rule, v_scale_rule
-        ``plain``, ``norm_corrected``, ``least_squares`` or ``unbiased`` (:func:`core.stored_scale`).
+        ``plain``, ``norm_corrected``, ``least_squares`` or ``unbiased``
+        (:func:`core.stored_scale`).
     k_codebook, v_codebook
         Calibrated codebooks in place of the Gaussian ones; their widths must match.
     backend
@@ -39,7 +40,8 @@ class TurboKVCodec:
 
     Notes
     -----
-    A stored vector decodes as ``scale * level * 2**-frac_bits``. Zero vectors decode to exact zeros.
+    A stored vector decodes as ``scale * level * 2**-frac_bits``. Zero vectors decode to exact
+    zeros.
     Scales saturate at the largest finite ``norm_dtype``. A vector with NaN stores a NaN scale and
     decodes to NaN; infinities count as +-2**48. No call synchronises with the device.
 
@@ -194,7 +196,11 @@ class TurboKVCodec:
             x = torch.where(uncentred[..., None], x, centred)
         flat_norms = norms.view(-1)
         kernels.compress(
-            x.reshape(-1, self.head_dim), fmt, packed.view(-1, fmt.packed_dim), flat_norms, self.backend
+            x.reshape(-1, self.head_dim),
+            fmt,
+            packed.view(-1, fmt.packed_dim),
+            flat_norms,
+            self.backend,
         )
         if uncentred is not None:
             torch.where(uncentred.reshape(-1), -flat_norms, flat_norms, out=flat_norms)
@@ -336,7 +342,7 @@ class TurboKVCodec:
         return rotated.view(*q.shape[:-1], fmt.padded_dim).to(q.dtype)
 
     def unrotate_output(self, o: Tensor) -> Tensor:
-        """Undo V's rotation of an attention output: ``[..., padded_dim]`` to ``[..., head_dim]``."""
+        """Undo V's rotation of an output: ``[..., padded_dim]`` to ``[..., head_dim]``."""
         fmt = self._formats["v"]
         core.check_vectors(o, fmt.padded_dim, "o")
         self._check_device(o, "o")

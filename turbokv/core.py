@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain PyTorch reference of the codec: rotation, codebooks, scales and packing.
 
-Every step is elementwise fp32 arithmetic in a fixed order, so PyTorch on any device, Triton and CUDA
-agree to the bit; ``FORMAT.md`` is the normative text. The working layout here is ``[dim, vectors]``:
-each coordinate of a block of vectors is one contiguous row, so that butterflies, sums and packing are
-long vector operations on every device.
+Every step is elementwise fp32 arithmetic in a fixed order, so PyTorch on any device, Triton and
+CUDA agree to the bit; ``FORMAT.md`` is the normative text. The working layout here is ``[dim,
+vectors]``: each coordinate of a block of vectors is one contiguous row, so that butterflies, sums
+and packing are long vector operations on every device.
 
-Source: TurboQuant (Zandieh et al., arXiv:2504.19874, section 3) for rotation and scalar quantisation;
-EDEN (Vargaftik et al., ICML 2022, section 3) for the unbiased scale. Deviations: one signed Hadamard
-transform in place of a dense random rotation, int8-lattice codebooks, no QJL residual.
+Source: TurboQuant (Zandieh et al., arXiv:2504.19874, section 3) for rotation and scalar
+quantisation; EDEN (Vargaftik et al., ICML 2022, section 3) for the unbiased scale. Deviations: one
+signed Hadamard transform in place of a dense random rotation, int8-lattice codebooks, no QJL
+residual.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ ScaleRule = Literal["plain", "norm_corrected", "least_squares", "unbiased"]
 
 MIN_BITS, MAX_BITS = 2, 8
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
-# K and V draw their signs from different seeds, so that an error correlated between a token's key and
-# value cannot line up.
+# K and V draw their signs from different seeds, so that an error correlated between a token's key
+# and value cannot line up.
 SEED_OFFSETS: dict[Role, int] = {"k": 0, "v": 500}
 DEFAULT_SEED = 42
-# Inputs are clamped to +-2^48 before rotation: squares of 512 such values still fit fp32, and a 16-bit
-# scale has long saturated.
+# Inputs are clamped to +-2^48 before rotation: squares of 512 such values still fit fp32, and a
+# 16-bit scale has long saturated.
 INPUT_LIMIT = 2.0**48
 # Below this sum of squares (of the unnormalised rotation) a vector is stored as zero: fp32 squares
 # have underflowed and the direction is noise.
@@ -94,7 +95,8 @@ def _splitmix64(x: int) -> int:
 def rotation_signs(role: Role, head_dim: int, seed: int = DEFAULT_SEED) -> Tensor:
     """Return the +-1 signs that precede the Hadamard transform: fp32 ``[padded_dim]`` on the CPU.
 
-    Coordinate ``j`` is negated when the top bit of ``splitmix64(((seed + offset) << 32) + j)`` is set.
+    Coordinate ``j`` is negated when the top bit of ``splitmix64(((seed + offset) << 32) + j)`` is
+    set.
     """
     if role not in SEED_OFFSETS:
         raise ValueError(f"role: wanted 'k' or 'v', got {role!r}")
@@ -135,9 +137,9 @@ def tree_sum_rows(x: Tensor) -> Tensor:
 def exact_sqrt(x: Tensor) -> Tensor:
     """Return the correctly rounded fp32 square root of fp32 ``x``.
 
-    By way of fp64, because PyTorch's own on the CPU is off by an ulp for one value in six (MKL), and by
-    which one depends on the length of the tensor. fp32 has no root so near a midpoint that rounding
-    twice could matter, even if the fp64 root is off by an ulp too.
+    By way of fp64, because PyTorch's own on the CPU is off by an ulp for one value in six (MKL),
+    and by which one depends on the length of the tensor. fp32 has no root so near a midpoint that
+    rounding twice could matter, even if the fp64 root is off by an ulp too.
     """
     return x.to(torch.float64).sqrt_().to(torch.float32)
 
@@ -154,8 +156,8 @@ class Codebook:
     bits
         Width of a code.
     magnitudes
-        Ascending. Integers up to 127 (an int8 lattice), or floats at 6 and 7 bits. A first magnitude
-        of zero makes the codebook mid-tread (8 bits).
+        Ascending. Integers up to 127 (an int8 lattice), or floats at 6 and 7 bits. A first
+        magnitude of zero makes the codebook mid-tread (8 bits).
     step
         Level of magnitude 1 for a coordinate of unit variance.
     frac_bits
@@ -256,9 +258,7 @@ class VectorFormat:
     ) -> VectorFormat:
         """Check the arguments and place the signs on ``device``."""
         if scale_rule not in get_args(ScaleRule):
-            raise ValueError(
-                f"scale_rule: wanted one of {get_args(ScaleRule)}, got {scale_rule!r}"
-            )
+            raise ValueError(f"scale_rule: wanted one of {get_args(ScaleRule)}, got {scale_rule!r}")
         if norm_dtype not in NORM_DTYPES:
             raise ValueError(f"norm_dtype: wanted one of {NORM_DTYPES}, got {norm_dtype!r}")
         signs = rotation_signs(role, head_dim, seed).to(device)
@@ -411,7 +411,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
             value = part if value is None else value | part
         assert value is not None
         out[:, byte] = value
-    return out.view(-1, count)
+    return out.view(dim * bits // 8, count)
 
 
 def unpack_rows(packed: Tensor, dim: int, bits: int) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs: CUDA > Triton > PyTorch, explicit and queryable.
 
-``auto`` takes the first backend that can run on the tensors' device. A backend asked for by name runs
-or raises :class:`BackendUnavailableError`; nothing falls back behind the caller's back.
+``auto`` takes the first backend that can run on the tensors' device. A backend asked for by name
+runs or raises :class:`BackendUnavailableError`; nothing falls back behind the caller's back.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
     Parameters
     ----------
     backend
-        A name, or ``auto`` for the first of CUDA, Triton, PyTorch that can run. The interpreter is a
-        test tool, so ``auto`` never chooses it.
+        A name, or ``auto`` for the first of CUDA, Triton, PyTorch that can run. The interpreter is
+        a test tool, so ``auto`` never chooses it.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernel of :mod:`turbokv.page_metadata`: block table and lengths to flat page indices.
 
-Mapping: program ``(i, j)`` owns requests ``i * ROWS`` and up, and of each of them the pages
-``j * PAGES``, ``(j + gridDim.y) * PAGES``, ... Each program sums the page counts of all requests before
+Mapping: program ``(i, j)`` owns requests ``i * ROWS`` and up, and of each of them the pages ``j *
+PAGES``, ``(j + gridDim.y) * PAGES``, ... Each program sums the page counts of all requests before
 its own for itself. That repeats work (the square of the batch over ROWS, 0.4 MB of cached reads at
 1,024 requests) but needs no second launch, no scratch memory and no order among programs, so any
 batch fits a CUDA graph.

@@ -60,7 +60,7 @@ class _Options:
         self, head_dim: int, device: torch.device, layer: LayerCalibration | None
     ) -> TurboKVCodec:
         """Return the codec of a layer; layers without own codebooks share one."""
-        books = (
+        books: dict[str, Any] = (
             {}
             if layer is None
             else {"k_codebook": layer.k_codebook, "v_codebook": layer.v_codebook}
@@ -76,8 +76,8 @@ class _Options:
 class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's compressed keys and values, recent window and sinks.
 
-    Shapes are Transformers' ``[batch, num_kv_heads, tokens, head_dim]``. Every tensor that the layer
-    holds is exactly as long as its tokens; :meth:`nbytes` adds up their storages.
+    Shapes are Transformers' ``[batch, num_kv_heads, tokens, head_dim]``. Every tensor that the
+    layer holds is exactly as long as its tokens; :meth:`nbytes` adds up their storages.
     """
 
     is_sliding = False
@@ -106,7 +106,8 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
         batch, heads, _, k_dim = key_states.shape
         v_dim = value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
-        # 16-bit models keep their own dtype; fp32 rounds to fp16, saturating, four times finer than bf16
+        # 16-bit models keep their own dtype; fp32 rounds to fp16, saturating, four times finer than
+        # bf16
         self._held_dtype = self.dtype if self.dtype.itemsize == 2 else torch.float16
         calibration = self._calibration
         if calibration is not None:
@@ -124,7 +125,10 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
         self._v_packed = empty(v_fmt.packed_dim, torch.uint8)
         self._k_norms = empty(1, k_fmt.norm_dtype)[..., 0]
         self._v_norms = empty(1, v_fmt.norm_dtype)[..., 0]
-        self._k_recent, self._v_recent = empty(k_dim, self._held_dtype), empty(v_dim, self._held_dtype)
+        self._k_recent, self._v_recent = (
+            empty(k_dim, self._held_dtype),
+            empty(v_dim, self._held_dtype),
+        )
         sinks = (batch, heads, self._options.sinks)
         self._k_sinks = torch.zeros((*sinks, k_dim), dtype=self._held_dtype, device=self.device)
         self._v_sinks = torch.zeros((*sinks, v_dim), dtype=self._held_dtype, device=self.device)
@@ -234,7 +238,9 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
             padding: self._offsets.at(self._first_position + start - padding, count)
             for padding in set(self._padding)
         }
-        offset = torch.stack([rows[padding] for padding in self._padding]) if len(rows) > 1 else None
+        offset = (
+            torch.stack([rows[padding] for padding in self._padding]) if len(rows) > 1 else None
+        )
         if offset is None:
             offset = next(iter(rows.values()))[None]
         return offset if layer is None else layer.scale_offset(offset)
@@ -336,7 +342,8 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     ----------
     config
         The model's config. Layers other than full attention (sliding, chunked, linear) get the
-        layer that Transformers' ``DynamicCache`` gives them and stay uncompressed: they are bounded.
+        layer that Transformers' ``DynamicCache`` gives them and stay uncompressed: they are
+        bounded.
     k_bits, v_bits
         Widths, 2 to 8; K carries most of the error, so give it the larger one.
     window
@@ -441,4 +448,6 @@ def _held_bytes(layer: object) -> int:
 
 def cache_nbytes(cache: Cache) -> int:
     """Return the bytes of tensor storage that any Transformers cache holds."""
-    return cache.nbytes() if isinstance(cache, TurboKVCache) else sum(map(_held_bytes, cache.layers))
+    return (
+        cache.nbytes() if isinstance(cache, TurboKVCache) else sum(map(_held_bytes, cache.layers))
+    )

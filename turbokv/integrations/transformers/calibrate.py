@@ -159,7 +159,7 @@ def calibrate(
     v_bits = k_bits if v_bits is None else v_bits
     rotaries = find_rotary(model) if "offsets" in parts else {}
     statics = StaticCalibrator()
-    pieces = [p for p in ids.split(context, dim=1) if p.shape[1] > SKIP_TOKENS]
+    pieces = [p for p in torch.split(ids, context, dim=1) if p.shape[1] > SKIP_TOKENS]
     for number, piece in enumerate(pieces):
         for index, k, v, q in _forward(model, piece, with_queries="k_scale" in parts):
             named = {"k": k, "v": v}
@@ -194,7 +194,7 @@ def calibrate(
 def _forward(
     model: Any, piece: Tensor, *, with_queries: bool = False
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
-    """Run one text; yield per layer ``[heads, tokens, dim]`` of K, V and grouped Q, sinks left out."""
+    """Run one text; yield each layer's K, V and grouped Q, ``[heads, tokens, dim]``, sans sinks."""
     cache = DynamicCache(config=model.config)
     queries: list[Tensor] = []
     if with_queries:

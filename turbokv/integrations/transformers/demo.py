@@ -173,6 +173,4 @@ def run_demo(
     top1 = (full_rows.argmax(-1) == forced.argmax(-1)).float().mean()
     shared = min(len(full_ids), len(ours_ids))
     agreeing = int((full_ids[:shared] == ours_ids[:shared]).sum())
-    return DemoResult(
-        loaded.name, ids.shape[1], full, compressed, agreeing, float(kl), float(top1)
-    )
+    return DemoResult(loaded.name, ids.shape[1], full, compressed, agreeing, float(kl), float(top1))

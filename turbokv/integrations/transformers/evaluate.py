@@ -54,9 +54,9 @@ class Preset:
     Attributes
     ----------
     name
-        ``k5v3``, then optional ``+w`` or ``+w256`` (recent window), ``+s8`` (sinks; 4 with a window,
-        else 0) and ``+centred`` (keys centred by a calibration from text), ``+random`` (from random
-        token ids).
+        ``k5v3``, then optional ``+w`` or ``+w256`` (recent window), ``+s8`` (sinks; 4 with a
+        window, else 0) and ``+centred`` (keys centred by a calibration from text), ``+random``
+        (from random token ids).
     calibration
         ``none``, ``centred`` or ``random``.
     """
@@ -69,9 +69,7 @@ class Preset:
     calibration: str
 
     @classmethod
-    def parse(
-        cls, name: str, window: int = DEFAULT_WINDOW, sinks: int = DEFAULT_SINKS
-    ) -> Preset:
+    def parse(cls, name: str, window: int = DEFAULT_WINDOW, sinks: int = DEFAULT_SINKS) -> Preset:
         """Read a preset's name; ``window`` and ``sinks`` are what a bare ``+w`` means."""
         match = _PRESET.fullmatch(name)
         if match is None:
@@ -93,9 +91,7 @@ class Preset:
                 )
         if found["sinks"] < 0:
             found["sinks"] = sinks if found["window"] else 0
-        return cls(
-            name, int(match[1]), int(match[2]), found["window"], found["sinks"], calibration
-        )
+        return cls(name, int(match[1]), int(match[2]), found["window"], found["sinks"], calibration)
 
     def bits_per_number(self, head_dim: int) -> float:
         """Return stored bits per number of a compressed token (window and sinks not counted)."""
@@ -227,7 +223,9 @@ def read_text(name: str) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def split_text(tokenizer: Any, text: str, tokens: int, calibration_tokens: int) -> tuple[Tensor, Tensor]:
+def split_text(
+    tokenizer: Any, text: str, tokens: int, calibration_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Tokenise a text into a scored part and a disjoint part to calibrate on.
 
     Returns

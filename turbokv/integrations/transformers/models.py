@@ -6,13 +6,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
 import pathlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from turbokv.calibration import Fingerprint
 
@@ -90,8 +91,6 @@ def load_model(
     ModelNotFoundError
         If there is no such folder, file or package.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     target = smollm2_path() if path is None else pathlib.Path(path)
     if not target.exists():
         raise ModelNotFoundError(f"model: wanted a folder or GGUF file, got {target}")
@@ -103,8 +102,9 @@ def load_model(
         folder = target.parent
     else:
         folder = target
-    # dequantising a GGUF file warns about every step
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # dequantising a GGUF file warns about every step and draws bars of its own
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     name = "SmolLM2-135M-Instruct" if path is None else target.stem

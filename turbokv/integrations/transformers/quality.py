@@ -2,8 +2,8 @@
 """Quality of a cache on a real model: teacher-forced divergence from the full-precision cache.
 
 The text is fed in chunks. Within a chunk the new keys and values are exact; the past is what the
-cache hands back. Logits are compared with those of the same chunks over an uncompressed cache, token
-by token, from the second chunk on.
+cache hands back. Logits are compared with those of the same chunks over an uncompressed cache,
+token by token, from the second chunk on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, baseline: Baseline) -> None:
         super().__init__()
         self._baseline = baseline
+        self.keys: Tensor
+        self.values: Tensor
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -85,7 +87,7 @@ class Divergence:
 def _chunks(
     model: Any, ids: Tensor, cache: Cache, chunk: int, first_position: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed ``ids`` ``[1, tokens]`` through ``cache``; yield each chunk's start and log-probabilities."""
+    """Feed ``ids`` ``[1, tokens]`` through ``cache``; yield chunk starts and log-probabilities."""
     for start in range(0, ids.shape[1], chunk):
         piece = ids[:, start : start + chunk]
         positions = torch.arange(start, start + piece.shape[1], device=ids.device) + first_position
@@ -166,7 +168,7 @@ def compare(
 
 
 def _distances(expected: Tensor, got: Tensor, labels: Tensor) -> Tensor:
-    """Sums over tokens of KL, total variation, top-1 agreement and log-likelihood lost."""
+    """Sum KL, total variation, top-1 agreement and lost log-likelihood over tokens."""
     p = expected.exp()
     kl = (p * (expected - got)).sum(-1)
     tv = 0.5 * (p - got.exp()).abs().sum(-1)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second implementation of FORMAT.md in NumPy and plain Python, and plain attention in float64.
+
+It imports nothing under test, and its codebooks are typed from FORMAT.md. The codec runs in
+float64, as the mathematical truth, or in float32, where it must give the very bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+MASK64 = (1 << 64) - 1
+
+
+class Book(NamedTuple):
+    """Magnitudes, step and binary point of one width."""
+
+    magnitudes: tuple[float, ...]
+    step: float
+    frac_bits: int
+
+
+BOOKS = {
+    2: Book((1, 3), 0.497843337, 1),
+    3: Book((10, 31, 55, 88), 0.0244461385, 5),
+    4: Book((5, 15, 25, 36, 48, 62, 79, 104), 0.0262171381, 5),
+    5: Book((2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 69, 80, 97), 0.0336402694, 5),
+    8: Book(tuple(range(128)), 0.0308700902, 5),
+}
+
+
+def splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def signs(role: str, dim: int, seed: int = 42) -> Array:
+    base = (seed + {"k": 0, "v": 500}[role]) << 32
+    return np.array([-1.0 if splitmix64((base + j) & MASK64) >> 63 else 1.0 for j in range(dim)])
+
+
+def hadamard_matrix(dim: int) -> Array:
+    """Unnormalised, entry by entry."""
+    return np.array([[(-1.0) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)])
+
+
+def transform(x: Array) -> Array:
+    """Butterflies over the last axis, strides 1, 2, 4, ..., in the dtype of ``x``."""
+    x, stride = x.copy(), 1
+    while stride < x.shape[-1]:
+        for first in range(x.shape[-1]):
+            if not first & stride:
+                a, b = x[..., first].copy(), x[..., first + stride].copy()
+                x[..., first], x[..., first + stride] = a + b, a - b
+        stride *= 2
+    return x
+
+
+def tree_sum(x: Array) -> Array:
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
+def pad(x: Array) -> Array:
+    dim = 1 << (x.shape[-1] - 1).bit_length()
+    return np.concatenate([x, np.zeros((*x.shape[:-1], dim - x.shape[-1]), x.dtype)], axis=-1)
+
+
+def compress(
+    x: Array, role: str, book: Book, rule: str, dtype: Any = np.float64, seed: int = 42
+) -> tuple[Array, Array]:
+    """Codes ``[n, P]`` and scales ``[n]`` before rounding, of finite vectors ``[n, head_dim]``."""
+    x = pad(np.clip(x.astype(dtype), -(2.0**48), 2.0**48))
+    dim, half = x.shape[-1], len(book.magnitudes)
+    y = transform(x * signs(role, dim, seed).astype(dtype))
+    squares = tree_sum(y * y)
+    live = squares > dtype(2.0**-120)
+    root = np.sqrt(squares)
+    safe = np.where(live, root, dtype(1))
+    inverse = np.where(live, dtype(math.sqrt(dim) / book.step) / safe, dtype(0))
+    magnitudes = np.array(book.magnitudes, np.float64)
+    midpoints = (0.5 * (magnitudes[1:] + magnitudes[:-1])).astype(np.float32).astype(dtype)
+    index = np.searchsorted(midpoints, np.abs(y) * inverse[:, None], side="left")
+    if book.magnitudes[0] == 0:
+        codes = np.where(y < 0, half - index, half + index)
+    else:
+        codes = np.where(y < 0, half - 1 - index, half + index)
+    m = magnitudes.astype(dtype)[index]
+    factor = dtype(2.0**book.frac_bits / math.sqrt(dim))
+    product, energy = tree_sum(np.abs(y) * m), tree_sum(m * m)
+    product, energy = np.where(live, product, dtype(1)), np.where(live, energy, dtype(1))
+    scale = {
+        "plain": root * dtype(book.step * 2.0**book.frac_bits / dim),
+        "norm_corrected": root / np.sqrt(energy) * factor,
+        "least_squares": product / energy * factor,
+        "unbiased": squares / product * factor,
+    }[rule]
+    return codes, np.where(live, scale, dtype(0))
+
+
+def round_scale(scale: Array, name: str = "float16") -> Array:
+    """Saturate and round to ``float16`` or ``float32``."""
+    limit = np.finfo(name).max
+    return np.clip(scale, -limit, limit).astype(name)
+
+
+def pack(codes: Array, bits: int) -> bytes:
+    string = sum(int(code) << (bits * j) for j, code in enumerate(codes))
+    return string.to_bytes(len(codes) * bits // 8, "little")
+
+
+def read(codes: Array, scale: Array, book: Book) -> Array:
+    """Rotated vectors ``[n, P]`` in float64 (the mark of a scale ignored)."""
+    m = np.array(book.magnitudes, np.float64)
+    levels = np.concatenate([-m[::-1], m] if m[0] else [-m[-1:], -m[:0:-1], m])
+    return np.abs(scale.astype(np.float64))[:, None] * levels[codes] * 2.0**-book.frac_bits
+
+
+def unrotate(rotated: Array, role: str, head_dim: int, seed: int = 42) -> Array:
+    dim = rotated.shape[-1]
+    return (rotated @ hadamard_matrix(dim) / math.sqrt(dim) * signs(role, dim, seed))[:, :head_dim]
+
+
+def attention(
+    q: Array, k: Array, v: Array, sm_scale: float, causal: bool, cap: float, window_left: int
+) -> tuple[Array, Array]:
+    """Queries ``[Lq, Hq, D]`` are the newest of tokens ``[Lk, Hk, D]``; output and base-2 LSE."""
+    out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    group = q.shape[1] // k.shape[1]
+    for i in range(q.shape[0]):
+        own = k.shape[0] - q.shape[0] + i
+        last = own if causal else k.shape[0] - 1
+        first = max(0, own - window_left) if window_left >= 0 else 0
+        for head in range(q.shape[1]):
+            keys, values = k[first : last + 1, head // group], v[first : last + 1, head // group]
+            if last < 0 or len(keys) == 0:
+                continue
+            scores = keys @ q[i, head] * sm_scale
+            scores = cap * np.tanh(scores / cap) if cap > 0 else scores
+            weights = np.exp(scores - scores.max())
+            out[i, head] = weights @ values / weights.sum()
+            lse[i, head] = (scores.max() + math.log(weights.sum())) / math.log(2.0)
+    return out, lse

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged compressed cache: where every byte of a page lies, append, gather and attention.
+
+:class:`PageLayout` alone decides the bytes (``FORMAT.md``, section 6); all else goes through its
+``scatter`` and ``gather``. :class:`PagedKVCache` is the plain reference that kernels are tested
+against: clear, and in float64 where it matters, but not fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from turbokv import core
+from turbokv.centring import SEGMENT
+from turbokv.codec import TurboKVCodec
+
+FORMAT_VERSION = 1
+TILE = 16  # tokens; every part of a tile is then a multiple of 16 bytes, at any width
+PAGE_BITS = (2, 3, 4, 5, 8)  # the int8 lattices, which kernels can expand
+SCALE_BYTES = 2
+Part = Literal["k_codes", "v_codes", "k_scale", "v_scale"]
+Stored = tuple[Tensor, Tensor, Tensor, Tensor]
+Dtypes = tuple[torch.dtype, ...]
+_INTS = (torch.int32, torch.int64)
+
+
+def _check_count(value: int, name: str, multiple: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: wanted an int, got {value!r}")
+    if value < 1 or value % multiple:
+        raise ValueError(f"{name}: wanted a positive multiple of {multiple}, got {value}")
+
+
+def _check_values(x: Tensor, name: str, low: int, high: int) -> None:
+    least, most = (int(x.min()), int(x.max())) if x.numel() else (low, high)
+    if least < low or most > high:
+        raise ValueError(f"{name}: wanted values from {low} to {high}, got {least} to {most}")
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Shapes of a page and the place of every byte in it.
+
+    Attributes
+    ----------
+    head_dim, k_bits, v_bits
+        Elements per vector, 8 to 512, and widths: 2, 3, 4, 5 or 8.
+    page_size, num_kv_heads
+        Tokens per page, a multiple of 16, and KV heads.
+    """
+
+    head_dim: int
+    k_bits: int
+    v_bits: int
+    page_size: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        """Refuse what has no page."""
+        core.padded_dim(self.head_dim)
+        for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
+            if core.check_bits(bits, name) not in PAGE_BITS:
+                raise ValueError(f"{name}: wanted one of {PAGE_BITS} for pages, got {bits}")
+        _check_count(self.page_size, "page_size", TILE)
+        _check_count(self.num_kv_heads, "num_kv_heads")
+
+    def part_bytes(self, part: Part) -> int:
+        """Return the bytes that one token and head has in ``part``."""
+        if part in ("k_scale", "v_scale"):
+            return SCALE_BYTES
+        return core.packed_dim(self.head_dim, self.k_bits if part == "k_codes" else self.v_bits)
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of 16 tokens of one KV head: K codes, V codes, 16 pairs of scales."""
+        return TILE * sum(self.part_bytes(part) for part in get_args(Part))
+
+    @property
+    def page_head_bytes(self) -> int:
+        """Bytes of one KV head in a page: contiguous, a multiple of 16."""
+        return self.page_size // TILE * self.tile_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page with all its KV heads."""
+        return self.num_kv_heads * self.page_head_bytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token takes with all its KV heads: codes and scales of K and V."""
+        return self.page_bytes // self.page_size
+
+    def shape(self, num_pages: int) -> tuple[int, int, int]:
+        """Return the shape of ``num_pages`` pages, uint8."""
+        return num_pages, self.num_kv_heads, self.page_head_bytes
+
+    def byte_offsets(self, part: Part, tokens: Tensor) -> Tensor:
+        """Return where each byte of the flat form lies in a page and head: the one definition.
+
+        ``tokens`` is int64 ``[n]``, tokens within a page; the result int64 ``[n, part_bytes]``.
+        """
+        k_codes, v_codes = self.part_bytes("k_codes"), self.part_bytes("v_codes")
+        scales = TILE * (k_codes + v_codes)
+        start, stride = {
+            "k_codes": (0, k_codes),
+            "v_codes": (TILE * k_codes, v_codes),
+            "k_scale": (scales, 2 * SCALE_BYTES),
+            "v_scale": (scales + SCALE_BYTES, 2 * SCALE_BYTES),
+        }[part]
+        first = tokens // TILE * self.tile_bytes + start + tokens % TILE * stride
+        return first[:, None] + torch.arange(self.part_bytes(part), device=tokens.device)
+
+    def _index(self, slots: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Index ``pages`` by page, head and byte; strides do the rest in 64 bits."""
+        heads = torch.arange(self.num_kv_heads, device=slots.device)
+        offsets = self.byte_offsets(part, slots % self.page_size)
+        return (slots // self.page_size)[:, None, None], heads[:, None], offsets[:, None, :]
+
+    def scatter(self, pages: Tensor, slots: Tensor, part: Part, data: Tensor) -> None:
+        """Write ``data`` uint8 ``[n, num_kv_heads, part_bytes]`` (flat form) at ``slots`` ``[n]``.
+
+        A slot is ``page * page_size + token``. Slots must differ; no other byte is written or read.
+        """
+        pages[self._index(slots, part)] = data
+
+    def gather(self, pages: Tensor, slots: Tensor, part: Part) -> Tensor:
+        """Read what :meth:`scatter` wrote: uint8 ``[n, num_kv_heads, part_bytes]``."""
+        return pages[self._index(slots, part)]
+
+
+class PagedKVCache:
+    """Compressed pages of one layer: append, gather and attention as a plain reference.
+
+    Parameters
+    ----------
+    codec
+        Fixes head size, widths and rotation; its scales must be float16.
+    num_pages, num_kv_heads, page_size
+        Shape of the cache.
+    pages
+        Storage to adopt, uint8 ``[num_pages, num_kv_heads, page_head_bytes]``, any strides.
+        Allocated and zeroed if absent.
+
+    Notes
+    -----
+    Methods check values of index tensors, so on a GPU they synchronise and no CUDA graph captures
+    them. Bad input raises TypeError or ValueError naming the argument, wanted and got.
+    """
+
+    def __init__(
+        self,
+        codec: TurboKVCodec,
+        num_pages: int,
+        num_kv_heads: int,
+        page_size: int = TILE,
+        *,
+        pages: Tensor | None = None,
+    ) -> None:
+        _check_count(num_pages, "num_pages")
+        norm_dtype = codec.vector_format("k").norm_dtype
+        if norm_dtype != torch.float16:
+            raise ValueError(f"codec: wanted norm_dtype torch.float16, got {norm_dtype}")
+        self.codec = codec
+        self.num_pages = num_pages
+        self.layout = PageLayout(
+            codec.head_dim, codec.k_bits, codec.v_bits, page_size, num_kv_heads
+        )
+        shape = self.layout.shape(num_pages)
+        if pages is None:
+            pages = torch.zeros(shape, dtype=torch.uint8, device=codec.device)
+        self._check(pages, "pages", shape, (torch.uint8,))
+        self.pages = pages
+
+    def append(
+        self, k: Tensor, v: Tensor, slot_mapping: Tensor, k_offset: Tensor | None = None
+    ) -> None:
+        """Compress new tokens and write them to their slots; no other byte changes.
+
+        Parameters
+        ----------
+        k, v
+            ``[nnz, num_kv_heads, head_dim]``, float32, float16 or bfloat16, any strides.
+        slot_mapping
+            int64 ``[nnz]``: ``page * page_size + token``, or -1 to skip. Slots must differ.
+        k_offset
+            Broadcastable to ``k``, subtracted from keys (:meth:`TurboKVCodec.compress_k`).
+        """
+        self._check(slot_mapping, "slot_mapping", (None,), (torch.int64,))
+        shape = (slot_mapping.shape[0], self.layout.num_kv_heads, self.codec.head_dim)
+        self._check(k, "k", shape)
+        self._check(v, "v", shape)
+        limit = self.num_pages * self.layout.page_size
+        _check_values(slot_mapping, "slot_mapping", -1, limit - 1)
+        keep = slot_mapping >= 0
+        k_packed, k_norms = self.codec.compress_k(k, offset=k_offset)
+        v_packed, v_norms = self.codec.compress_v(v)
+        k_scale, v_scale = (norms[..., None].view(torch.uint8) for norms in (k_norms, v_norms))
+        for part, data in zip(get_args(Part), (k_packed, v_packed, k_scale, v_scale), strict=True):
+            self.layout.scatter(self.pages, slot_mapping[keep], part, data[keep])
+
+    def slots(self, kv_indices: Tensor, length: int) -> Tensor:
+        """Return the slots of the first ``length`` tokens in pages ``kv_indices``, int64."""
+        self._check(kv_indices, "kv_indices", (None,), _INTS)
+        _check_values(kv_indices, "kv_indices", 0, self.num_pages - 1)
+        page_size = self.layout.page_size
+        if not 0 <= length <= kv_indices.shape[0] * page_size:
+            room = kv_indices.shape[0] * page_size
+            raise ValueError(f"length: wanted 0 to {room}, got {length}")
+        token = torch.arange(length, device=kv_indices.device)
+        page = kv_indices.to(torch.int64)[token // page_size]
+        return page * page_size + token % page_size
+
+    def gather_packed(self, kv_indices: Tensor, length: int) -> Stored:
+        """Read tokens in the codec's flat form: ``(k_packed, k_norms, v_packed, v_norms)``.
+
+        Shapes are ``[length, num_kv_heads, packed_dim]`` and ``[length, num_kv_heads]``.
+        """
+        slots = self.slots(kv_indices, length)
+        k_packed, v_packed, k_scale, v_scale = (
+            self.layout.gather(self.pages, slots, part) for part in get_args(Part)
+        )
+        k_norms, v_norms = (scale.view(torch.float16)[..., 0] for scale in (k_scale, v_scale))
+        return k_packed, k_norms, v_packed, v_norms
+
+    def gather(
+        self, kv_indices: Tensor, length: int, *, k_offset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decompress tokens to ``(k, v)``, both float32 ``[length, num_kv_heads, head_dim]``.
+
+        Parameters
+        ----------
+        kv_indices, length
+            Pages of a request in order, int32 or int64, and the tokens to read.
+        k_offset
+            ``[num_segments, num_kv_heads, head_dim]``: the offset of each 256 logical positions.
+        """
+        k_packed, k_norms, v_packed, v_norms = self.gather_packed(kv_indices, length)
+        offset = self._token_offsets(k_offset, length)
+        k = self.codec.decompress_k(k_packed, k_norms, offset=offset)
+        return k, self.codec.decompress_v(v_packed, v_norms)
+
+    def attention(
+        self,
+        q: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_last_page_len: Tensor,
+        sm_scale: float | None = None,
+        *,
+        qo_indptr: Tensor | None = None,
+        causal: bool = True,
+        logits_soft_cap: float = 0.0,
+        window_left: int = -1,
+        k_offset: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend to compressed pages in rotated space, in float64.
+
+        Parameters
+        ----------
+        q
+            ``[nnz_qo, num_qo_heads, head_dim]``; ``num_qo_heads`` a multiple of ``num_kv_heads``.
+        kv_indptr, kv_indices, kv_last_page_len
+            int32 or int64 ``[batch_size + 1]``, ``[kv_indptr[-1]]`` or more, ``[batch_size]``: the
+            pages of each request, and the tokens in its last one (ignored if it has no page).
+        sm_scale
+            Multiplies scores; default ``1 / sqrt(head_dim)``.
+        qo_indptr
+            int32 or int64 ``[batch_size + 1]``: queries of each request, its newest tokens; default
+            one each.
+        causal, window_left
+            Whether a query sees no token after its own; how many before it (-1: all).
+        logits_soft_cap
+            If positive, scores become ``cap * tanh(score / cap)``.
+        k_offset
+            As in :meth:`gather`.
+        return_lse
+            Also return the log-sum-exp, float32 ``[nnz_qo, num_qo_heads]``, base 2 as FlashInfer's.
+
+        Returns
+        -------
+        Tensor or tuple
+            ``[nnz_qo, num_qo_heads, head_dim]`` in ``q``'s dtype. A query that sees no token gets
+            zeros, and minus infinity.
+        """
+        core.check_vectors(q, self.codec.head_dim, "q")
+        self._check(q, "q", (None, None, self.codec.head_dim))
+        num_qo_heads, num_kv_heads = q.shape[1], self.layout.num_kv_heads
+        group_size, rest = divmod(num_qo_heads, num_kv_heads)
+        if rest or not group_size:
+            raise ValueError(f"q: wanted a multiple of {num_kv_heads} heads, got {num_qo_heads}")
+        scale = 1.0 / math.sqrt(self.codec.head_dim) if sm_scale is None else sm_scale
+        rotated = self.codec.rotate_query(q.to(torch.float32)).to(torch.float64)
+        rotated = rotated.view(q.shape[0], num_kv_heads, group_size, self.codec.padded_dim)
+        out = torch.zeros(rotated.shape, dtype=torch.float32, device=q.device)
+        lse = torch.full(out.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
+        tables = (kv_indptr, kv_indices, kv_last_page_len, qo_indptr)
+        for rows, pages, length in self._requests(q.shape[0], *tables):
+            k_packed, k_norms, v_packed, v_norms = self.gather_packed(pages, length)
+            offset = self._token_offsets(k_offset, length)
+            k = self.codec.decompress_k_raw(k_packed, k_norms, offset=offset).to(torch.float64)
+            v = self.codec.decompress_v_raw(v_packed, v_norms).to(torch.float64)
+            logits = torch.einsum("qhgd,khd->qhgk", rotated[rows], k) * scale
+            if logits_soft_cap > 0:
+                logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+            own = torch.arange(length - logits.shape[0], length, device=q.device)
+            ahead = torch.arange(length, device=q.device) - own[:, None]
+            hidden = (ahead > 0) & causal
+            if window_left >= 0:
+                hidden |= ahead < -window_left
+            logits.masked_fill_(hidden[:, None, None, :], -math.inf)
+            total = logits.logsumexp(-1)
+            # the clamp keeps a row without visible tokens from subtracting infinities
+            weights = torch.exp(logits - total.clamp(min=-1e300)[..., None])
+            out[rows] = torch.einsum("qhgk,khd->qhgd", weights, v).float()
+            lse[rows] = (total / math.log(2.0)).float()
+        result = self.codec.unrotate_output(out.flatten(1, 2)).to(q.dtype)
+        return (result, lse.flatten(1, 2)) if return_lse else result
+
+    def _requests(
+        self, nnz: int, kv_indptr: Tensor, kv_indices: Tensor, last: Tensor, qo: Tensor | None
+    ) -> Iterator[tuple[slice, Tensor, int]]:
+        """Check the tables; yield query rows, pages and length of each request that has both."""
+        self._check(kv_indptr, "kv_indptr", (None,), _INTS)
+        self._check(kv_indices, "kv_indices", (None,), _INTS)
+        batch_size = kv_indptr.shape[0] - 1
+        self._check(last, "kv_last_page_len", (batch_size,), _INTS)
+        if qo is None:
+            qo = torch.arange(batch_size + 1, device=kv_indptr.device)
+        self._check(qo, "qo_indptr", (batch_size + 1,), _INTS)
+        for name, starts in (("kv_indptr", kv_indptr), ("qo_indptr", qo)):
+            if int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+                raise ValueError(f"{name}: wanted ascending from 0, got {starts.tolist()}")
+        if int(qo[-1]) != nnz:
+            raise ValueError(f"q: wanted {int(qo[-1])} query tokens, got {nnz}")
+        _check_values(kv_indptr[-1:], "kv_indptr", 0, kv_indices.shape[0])
+        _check_values(last[kv_indptr.diff() > 0], "kv_last_page_len", 1, self.layout.page_size)
+        for i in range(batch_size):
+            pages = kv_indices[int(kv_indptr[i]) : int(kv_indptr[i + 1])]
+            if pages.numel() and qo[i] < qo[i + 1]:
+                length = (pages.numel() - 1) * self.layout.page_size + int(last[i])
+                yield slice(int(qo[i]), int(qo[i + 1])), pages, length
+
+    def _token_offsets(self, k_offset: Tensor | None, length: int) -> Tensor | None:
+        """Return ``k_offset`` per token, ``[length, num_kv_heads, head_dim]``."""
+        if k_offset is None:
+            return None
+        self._check(k_offset, "k_offset", (None, self.layout.num_kv_heads, self.codec.head_dim))
+        needed = -(-length // SEGMENT)
+        if k_offset.shape[0] < needed:
+            raise ValueError(f"k_offset: wanted {needed} segments, got {k_offset.shape[0]}")
+        return k_offset[torch.arange(length, device=k_offset.device) // SEGMENT]
+
+    def _check(
+        self, x: Tensor, name: str, shape: tuple[int | None, ...], dtypes: Dtypes = ()
+    ) -> None:
+        """Raise unless ``x`` is such a tensor on the codec's device (None: any extent)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: wanted a torch.Tensor, got {type(x).__name__}")
+        if dtypes and x.dtype not in dtypes:
+            raise TypeError(f"{name}: wanted {' or '.join(map(str, dtypes))}, got {x.dtype}")
+        fits = [want is None or want == got for want, got in zip(shape, x.shape, strict=False)]
+        if x.ndim != len(shape) or not all(fits):
+            wanted = ["*" if want is None else want for want in shape]
+            raise ValueError(f"{name}: wanted shape {wanted}, got {list(x.shape)}")
+        if x.device != self.codec.device:
+            raise ValueError(f"{name}: wanted device {self.codec.device}, got {x.device}")
