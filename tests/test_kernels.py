@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -291,8 +296,22 @@ def test_infinities_count_as_the_input_limit(backend: kernels.Backend, dtype: to
     assert bool(norms.isfinite().all())
 
 
-def test_square_roots_are_correctly_rounded() -> None:
-    import numpy as np
+@marked
+def test_kernels_compile_for_a_gpu_without_fused_multiply_adds(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(root),
+    }
+    script = root / "tests" / "compile_kernels.py"
+    result = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
 
+
+def test_square_roots_are_correctly_rounded() -> None:
     x = torch.rand(4099, generator=torch.Generator().manual_seed(1)) * 100
     assert np.array_equal(core.exact_sqrt(x).numpy(), np.sqrt(x.numpy()))

@@ -53,7 +53,9 @@ def make_batch(lengths: list[int], max_pages: int, page_size: int, slack: int = 
 
 def expected(batch: Batch) -> tuple[list[int], list[int], list[int]]:
     """The definition, request by request."""
-    indptr, indices, last = [0], list[int](), list[int]()
+    indptr = [0]
+    indices: list[int] = []
+    last: list[int] = []
     for length, row in zip(batch.seq_lens.tolist(), batch.block_table.tolist(), strict=True):
         left, pages = length, 0
         while left > 0 and pages < len(row):
@@ -210,6 +212,8 @@ def test_wrong_arguments_are_named(
 
 def test_tables_beyond_int32_offsets_are_refused() -> None:
     table = torch.empty(1, 2**30, dtype=INT, device="meta").expand(2, -1)
-    outputs = [torch.empty(n, dtype=INT, device="meta") for n in (3, 1, 2)]
+    lengths, indptr, indices, last = (
+        torch.empty(n, dtype=INT, device="meta") for n in (2, 3, 1, 2)
+    )
     with pytest.raises(ValueError, match="block_table: wanted at most 2147483647 entries"):
-        compute_page_metadata(torch.empty(2, dtype=INT, device="meta"), table, 4, *outputs)
+        compute_page_metadata(lengths, table, 4, indptr, indices, last)

@@ -276,7 +276,8 @@ def evaluate(
         return
     table = Table(title=title)
     for heading in ("cache", "bits", "KL", "x fp8", "x int4", "1-TV", "top-1", "ppl ratio"):
-        table.add_column(heading, justify="left" if heading == "cache" else "right")
+        name = heading == "cache"
+        table.add_column(heading, justify="left" if name else "right", no_wrap=name)
     for row in sorted(rows, key=lambda r: (-r.bits, r.kl)):
         table.add_row(
             f"[dim]{row.name}[/dim]" if row.rival else row.name,

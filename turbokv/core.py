@@ -510,7 +510,7 @@ def decompress(
         ``[n, padded_dim]`` if ``rotated`` else ``[n, head_dim]``, any floating dtype.
     """
     for block in _blocks(packed.shape[0], fmt.padded_dim, packed.device):
-        scale = norms[block].to(torch.float32).abs_()
+        scale = norms[block].to(torch.float32).abs()
         byte_levels = fmt._byte_levels
         if byte_levels is not None:
             # one lookup per byte instead of one per code
@@ -545,6 +545,8 @@ def unrotate(x: Tensor, fmt: VectorFormat) -> Tensor:
     out = torch.empty((x.shape[0], fmt.head_dim), dtype=torch.float32, device=x.device)
     factor = (fmt.signs * fmt.inverse_root)[: fmt.head_dim, None]
     for block in _blocks(x.shape[0], fmt.padded_dim, x.device):
-        y = hadamard_rows(x[block].detach().t().to(torch.float32).contiguous())
-        out[block] = y[: fmt.head_dim].mul_(factor).t()
+        rows = x[block].detach().t()
+        # a copy even of fp32: the transform overwrites what it is given
+        y = torch.empty(rows.shape, dtype=torch.float32, device=x.device).copy_(rows)
+        out[block] = hadamard_rows(y)[: fmt.head_dim].mul_(factor).t()
     return out

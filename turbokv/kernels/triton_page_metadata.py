@@ -7,7 +7,6 @@ its own for itself. That repeats work (the square of the batch over ROWS, 0.4 MB
 1,024 requests) but needs no second launch, no scratch memory and no order among programs, so any
 batch fits a CUDA graph.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from turbokv.calibration import Fingerprint
@@ -105,8 +105,10 @@ def load_model(
     # dequantising a GGUF file warns about every step and draws bars of its own
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    # given, because each reader would parse a GGUF file's vocabulary again for it
+    config = AutoConfig.from_pretrained(folder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
     name = "SmolLM2-135M-Instruct" if path is None else target.stem
     return LoadedModel(model.eval().to(device), tokenizer, name)
 

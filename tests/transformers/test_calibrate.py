@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring a calibration on tiny random models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from turbokv.centring import rotary_frequencies
+from turbokv.integrations.transformers import TurboKVCache
+from turbokv.integrations.transformers.calibrate import (
+    PARTS,
+    calibrate,
+    find_rotary,
+)
+from turbokv.integrations.transformers.models import fingerprint
+from turbokv.integrations.transformers.quality import compare
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def llama(**kwargs: object) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "head_dim": 32, **kwargs})).eval()
+
+
+def test_rotary_of_llama_is_found() -> None:
+    model = llama(rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    found = find_rotary(model)
+    assert sorted(found) == [0, 1] and not found[0].interleaved
+    want = rotary_frequencies(32, theta=5000.0)
+    torch.testing.assert_close(found[1].inv_freq, want, rtol=1e-6, atol=0)
+
+
+def test_interleaved_rotary_is_found() -> None:
+    torch.manual_seed(0)
+    found = find_rotary(CohereForCausalLM(CohereConfig(**SMALL)).eval())
+    assert sorted(found) == [0, 1] and found[0].interleaved and found[0].rotary_dim == 16
+
+
+def test_layers_without_rotary_are_found() -> None:
+    torch.manual_seed(0)
+    config = SmolLM3Config(**{**SMALL, "num_hidden_layers": 3}, no_rope_layers=[1, 0, 1])
+    found = find_rotary(SmolLM3ForCausalLM(config).eval())
+    assert [found[i].rotary_dim for i in range(3)] == [16, 0, 16]
+
+
+def test_length_dependent_rotary_is_left_alone() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert find_rotary(llama(rope_parameters=rope, max_position_embeddings=128)) == {}
+
+
+def test_mean_key_is_the_pre_rotary_mean() -> None:
+    model = llama()
+    ids = torch.randint(3, 97, (1, 200))
+    got = calibrate(model, ids, context=100)
+    keys = []
+    hook = model.model.layers[0].self_attn.k_proj.register_forward_hook(
+        lambda _m, _i, out: keys.append(out[0].view(-1, 2, 32)[4:])
+    )
+    with torch.inference_mode():
+        for piece in torch.split(ids, 100, dim=1):
+            model(piece)
+    hook.remove()
+    offsets = got.layers[0].offsets
+    assert offsets is not None
+    torch.testing.assert_close(offsets.mu, torch.cat(keys).mean(0), rtol=0, atol=1e-5)
+
+
+def test_every_part_can_be_measured_and_used_in_a_cache() -> None:
+    model = llama()
+    got = calibrate(model, tokens=1200, context=300, parts=PARTS, k_bits=4, v_bits=3)
+    assert got.source["from"] == "random token ids"
+    assert got.fingerprint == fingerprint(model)
+    assert model.config._attn_implementation == "sdpa"  # put back after capturing queries
+    for layer in got.layers.values():
+        parts = [layer.offsets, layer.k_scale, layer.v_scale, layer.v_shift]
+        assert all(part is not None for part in (*parts, layer.k_codebook, layer.v_codebook))
+    ids = torch.randint(3, 97, (1, 200))
+    scores = compare(
+        model,
+        ids,
+        {
+            "all": lambda: TurboKVCache(model.config, 4, 3, window=0, sinks=0, calibration=got),
+            "none": lambda: TurboKVCache(model.config, 4, 3, window=0, sinks=0),
+        },
+        chunk=50,
+    )
+    assert 0 < scores["all"].kl < 2 * scores["none"].kl
+
+
+def test_bad_arguments_are_named() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="parts: wanted some of"):
+        calibrate(model, parts=("mean",))
+    with pytest.raises(ValueError, match=r"ids: wanted shape \[1, 64 or more\], got \[1, 10\]"):
+        calibrate(model, torch.zeros(1, 10, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"ids: wanted shape \[1, more than 64\]"):
+        compare(model, torch.zeros(1, 64, dtype=torch.int64), {})
+    got = calibrate(model, tokens=200, parts=("k_codebook",), k_bits=3)
+    with pytest.raises(ValueError, match="k_bits: wanted 3"):
+        TurboKVCache(model.config, 4, calibration=got)
