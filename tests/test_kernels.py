@@ -195,7 +195,7 @@ def codebooks(draw: st.DrawFn) -> Codebook:
 
 @marked
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     codebook=codebooks(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input to the paged cache: every error names the argument, what was wanted and what was got."""
+"""Bad input to the paged cache: errors name the argument, what was wanted and what was got."""
 
 from __future__ import annotations
 

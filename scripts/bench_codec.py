@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Time the codec against a bf16 copy plus one fp32 matmul with the Hadamard matrix.
+
+The yardstick is what a rotation costs when nothing is compressed: move the vectors once, multiply
+them once. Calls are interleaved, so that a slow phase of the machine hits all of them, and the
+median of the repeats is shown. The second table times the steps of the PyTorch compressor on its own
+blocks and says which dominates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from turbokv import TurboKVCodec, core, kernels
+
+YARDSTICK = ("bf16 copy", "fp32 matmul")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def interleaved_medians(
+    calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Return the median milliseconds of each call after one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_number in range(repeats + 1):
+        for name, call in calls.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
+    """Return the normalised matrix, fp32."""
+    return core.hadamard_rows(torch.eye(dim, device=device)) / math.sqrt(dim)
+
+
+def codec_calls(codec: TurboKVCodec, x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the yardstick and the codec's methods, all writing to preallocated outputs."""
+    n, device = x.shape[0], x.device
+    half, half_out = x.to(torch.bfloat16), torch.empty(x.shape, dtype=torch.bfloat16, device=device)
+    full = x.to(torch.float32)
+    matrix = hadamard_matrix(codec.padded_dim, device)[: codec.head_dim]
+    product = torch.empty((n, codec.padded_dim), device=device)
+    k_packed, k_norms = codec.compress_k(x)
+    v_packed, v_norms = codec.compress_v(x)
+    out = torch.empty_like(x)
+    raw = torch.empty((n, codec.padded_dim), dtype=x.dtype, device=device)
+    return {
+        "bf16 copy": lambda: half_out.copy_(half),
+        "fp32 matmul": lambda: torch.mm(full, matrix, out=product),
+        "compress_k": lambda: codec.compress_k(x, out_packed=k_packed, out_norms=k_norms),
+        "compress_v": lambda: codec.compress_v(x, out_packed=v_packed, out_norms=v_norms),
+        "decompress_k": lambda: codec.decompress_k(k_packed, k_norms, out=out),
+        "decompress_v": lambda: codec.decompress_v(v_packed, v_norms, out=out),
+        "decompress_k_raw": lambda: codec.decompress_k_raw(k_packed, k_norms, out=raw),
+    }
+
+
+def step_calls(fmt: core.VectorFormat, x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the steps of ``core.compress`` (PyTorch), each over all blocks."""
+    blocks = [x[block] for block in core._blocks(x.shape[0], fmt.padded_dim, x.device)]
+    rotated = [core.rotate_rows(block, fmt) for block in blocks]
+    lengths = [y.abs() for y in rotated]
+    squares = [core.tree_sum_rows(y * y) for y in lengths]
+    lattice = [
+        y * (fmt.normaliser / core.exact_sqrt(s)) for y, s in zip(lengths, squares, strict=True)
+    ]
+    cells = [fmt.cells(u.clone()) for u in lattice]
+    scratch = [torch.empty_like(y) for y in rotated]
+    packed = torch.empty((x.shape[0], fmt.packed_dim), dtype=torch.uint8, device=x.device)
+    size = blocks[0].shape[0]
+
+    def signs() -> None:
+        for block, y in zip(blocks, scratch, strict=True):
+            y[: fmt.head_dim] = block.t()
+            y.clamp_(-core.INPUT_LIMIT, core.INPUT_LIMIT).mul_(fmt.signs[:, None])
+
+    def butterflies() -> None:
+        for y in scratch:
+            core.hadamard_rows(y)
+
+    def norms() -> None:
+        for y in rotated:
+            magnitude = y.abs()
+            core.exact_sqrt(core.tree_sum_rows(magnitude * magnitude))
+
+    def quantise() -> None:
+        # a product makes the tensor that cells() overwrites, as in the compressor
+        for u, s in zip(lattice, squares, strict=True):
+            fmt.cells(u * torch.ones_like(s))
+
+    def scales() -> None:
+        for y, s, (_, magnitude) in zip(lengths, squares, cells, strict=True):
+            core.round_scale(core.stored_scale(fmt, y, s, magnitude), fmt.norm_dtype)
+
+    def pack() -> None:
+        half, full = 1 << (fmt.bits - 1), (1 << fmt.bits) - 1
+        for i, (y, (index, _)) in enumerate(zip(rotated, cells, strict=True)):
+            codes = (index + half) ^ ((y < 0).view(torch.uint8) * full)
+            packed[i * size : (i + 1) * size] = core.pack_rows(codes, fmt.bits).t()
+
+    return {
+        "transpose and signs": signs,
+        "butterflies": butterflies,
+        "sum of squares, root": norms,
+        "quantise": quantise,
+        "scale sums": scales,
+        "codes and packing": pack,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the vectors ran on."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Run both tables and return them as one JSON-ready dictionary."""
+    codec = TurboKVCodec(args.dim, args.bits, device=args.device, backend=args.backend)
+    device = codec.device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(args.n, args.dim, generator=generator).to(device, DTYPES[args.dtype])
+    times = interleaved_medians(codec_calls(codec, x), args.repeats, device)
+    yardstick = sum(times[name] for name in YARDSTICK)
+    moved = 2 * args.n * args.dim + args.n * codec.bytes_per_vector("k")
+    steps = interleaved_medians(step_calls(codec.vector_format("k"), x), args.repeats, device)
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "backend": kernels.resolve_backend(args.backend, device),
+        "vectors": args.n,
+        "head_dim": args.dim,
+        "bits": args.bits,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "yardstick_ms": yardstick,
+        "calls": {
+            name: {"ms": ms, "ratio": ms / yardstick, "gb_per_s": moved / ms / 1e6}
+            for name, ms in times.items()
+        },
+        "steps": {
+            name: {"ms": ms, "share": ms / sum(steps.values())} for name, ms in steps.items()
+        },
+        "dominates": max(steps, key=lambda name: steps[name]),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print both tables."""
+    title = "{vectors} vectors of {head_dim} at {bits} bits, {dtype}, {backend}, {device}"
+    table = Table("call", "ms", "x (copy + matmul)", "GB/s", title=title.format(**result))
+    for name, row in result["calls"].items():
+        speed = "" if name in YARDSTICK else f"{row['gb_per_s']:.2f}"
+        table.add_row(name, f"{row['ms']:.2f}", f"{row['ratio']:.2f}", speed)
+    steps = Table("step of compress_k (PyTorch)", "ms", "share")
+    for name, row in result["steps"].items():
+        steps.add_row(name, f"{row['ms']:.2f}", f"{row['share']:.0%}")
+    console = Console()
+    console.print(table, steps)
+    console.print(f"dominates: {result['dominates']}")
+
+
+def main() -> None:
+    """Parse the arguments, measure, print a table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--n", type=int, default=100_000, help="vectors")
+    parser.add_argument("--dim", type=int, default=128, help="head_dim")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the vectors")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto", help="auto, cuda, triton or torch")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    result = measure(args)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()
