@@ -246,8 +246,8 @@ def split_text(
 
 # --- needle ---------------------------------------------------------------------------------------
 
-_NEEDLE = " The secret code of the blue warehouse is {}."
-_QUESTION = " As noted above, the secret code of the blue warehouse is"
+_NEEDLE = "\n\nThe secret code of the blue warehouse is: {}.\n\n"
+_QUESTION = "\n\nThe secret code of the blue warehouse is:"
 _CODES = ("48213", "90517", "27364", "61985", "35072")
 
 
@@ -309,6 +309,9 @@ def needle_grid(
             ).input_ids.to(model.device)
             answer = tokenizer(f" {code}", return_tensors="pt", add_special_tokens=False)
             expected = answer.input_ids.to(model.device)
+            # a tokenizer may make the space a token of its own, which says nothing about the code
+            blank = not tokenizer.decode(expected[0, :1]).strip()
+            digits = expected[0, 1:] if blank else expected[0]
             at = int(depth * (context - planted.shape[1]))
             ids = torch.cat(
                 [hay[:, :at], planted, hay[:, at : context - planted.shape[1]], question, expected],
@@ -322,10 +325,9 @@ def needle_grid(
                     out = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0]
                     logits = out if logits is None else torch.cat([logits, out])[-2 * chunk :]
                 assert logits is not None
-                count = expected.shape[1]
-                scored = torch.log_softmax(logits[-count - 1 : -1].float(), -1)
-                picked = scored.gather(1, expected[0][:, None]).mean()
-                found = bool((scored.argmax(-1) == expected[0]).all())
+                scored = torch.log_softmax(logits[-len(digits) - 1 : -1].float(), -1)
+                picked = scored.gather(1, digits[:, None]).mean()
+                found = bool((scored.argmax(-1) == digits).all())
                 cells.append(Needle(name, context, depth, found, float(picked)))
             if progress is not None:
                 progress(f"needle at {depth:.0%} of {context}")
