@@ -24,8 +24,9 @@ help: ## Show the targets
 demo: $(STAMP) ## Chat with a small real model, with and without compression
 	$(BIN)/turbokv demo
 
+# One thread a worker: two workers with two threads each spend most of their time waiting in barriers.
 test: $(STAMP) ## Run the CPU tests
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, types, import directions, C++ format and paths in documents
 	$(BIN)/ruff check .

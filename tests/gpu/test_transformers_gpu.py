@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from turbokv import TurboKVCodec, kernels
 from turbokv.calibration import LayerCalibration
@@ -43,7 +44,8 @@ def test_layer_holds_the_same_bytes_as_on_the_cpu(bits: int) -> None:
         assert torch.equal(layers[1]._tensors()[name].cpu(), want), name
 
 
-def test_generate_at_eight_bits_equals_the_uncompressed_cache() -> None:
+@torch.inference_mode()
+def test_logits_at_eight_bits_are_close_to_the_uncompressed_cache() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -60,10 +62,13 @@ def test_generate_at_eight_bits_equals_the_uncompressed_cache() -> None:
     )
     model = LlamaForCausalLM(config).eval().cuda()
     ids = torch.randint(2, 96, (2, 300)).cuda()
-    want = model.generate(ids, max_new_tokens=10, do_sample=False)
-    cache = TurboKVCache(config, 8, window=4, sinks=2)
-    got = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=cache)
-    assert torch.equal(got, want)
+    logits = []
+    for cache in (DynamicCache(config=config), TurboKVCache(config, 8, window=4, sinks=2)):
+        model(ids[:, :-1], past_key_values=cache, use_cache=True)
+        logits.append(model(ids[:, -1:], past_key_values=cache, use_cache=True).logits)
+    # a vector loses 1% at eight bits (MSE 9e-5), and a random model does not amplify it much
+    error = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert 0 < float(error) < 0.02
 
 
 def test_codec_on_cuda_runs_triton_and_refuses_cpu_tensors() -> None:

@@ -345,13 +345,15 @@ def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> N
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
+    ours = [(row, Preset.parse(row.name)) for row in rows if not row.rival]
     groups = {
-        "TurboKV, nothing kept": ([r for r in rows if not r.rival and "+" not in r.name], "o"),
+        "TurboKV, nothing kept": ([r for r, p in ours if not p.window], "o"),
         "TurboKV, window and sinks": (
-            [r for r in rows if not r.rival and "+" in r.name and "centred" not in r.name],
+            [r for r, p in ours if p.window and p.calibration == "none"],
             "s",
         ),
-        "TurboKV, and centred keys": ([r for r in rows if "centred" in r.name], "D"),
+        "TurboKV, and centred keys": ([r for r, p in ours if p.calibration == "centred"], "D"),
+        "TurboKV, centred without text": ([r for r, p in ours if p.calibration == "random"], "P"),
         "vLLM's caches": ([r for r in rows if r.rival], "x"),
     }
     for label, (group, marker) in groups.items():
@@ -366,7 +368,7 @@ def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> N
     axes.set_yscale("log")
     axes.set_xlabel("stored bits per number (codes and scales)")
     axes.set_ylabel("KL to full precision, nats a token")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=9, wrap=True)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
