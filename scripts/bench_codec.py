@@ -4,15 +4,14 @@
 
 The yardstick is what a rotation costs when nothing is compressed: move the vectors once, multiply
 them once. Calls are interleaved, so that a slow phase of the machine hits all of them, and the
-median of the repeats is shown. The second table times the steps of the PyTorch compressor on its own
-blocks and says which dominates.
+median of the repeats is shown. The second table times the steps of the PyTorch compressor over its
+own blocks and says which dominates.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import time
@@ -34,36 +33,34 @@ def interleaved_medians(
     calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, float]:
     """Return the median milliseconds of each call after one warm-up round."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(repeats + 1):
         for name, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait()
             start = time.perf_counter()
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait()
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def hadamard_matrix(dim: int, device: torch.device) -> Tensor:
-    """Return the normalised matrix, fp32."""
-    return core.hadamard_rows(torch.eye(dim, device=device)) / math.sqrt(dim)
-
-
 def codec_calls(codec: TurboKVCodec, x: Tensor) -> dict[str, Callable[[], object]]:
     """Return the yardstick and the codec's methods, all writing to preallocated outputs."""
-    n, device = x.shape[0], x.device
-    half, half_out = x.to(torch.bfloat16), torch.empty(x.shape, dtype=torch.bfloat16, device=device)
+    half = x.to(torch.bfloat16)
+    half_out = torch.empty_like(half)
     full = x.to(torch.float32)
-    matrix = hadamard_matrix(codec.padded_dim, device)[: codec.head_dim]
-    product = torch.empty((n, codec.padded_dim), device=device)
+    matrix = core.hadamard_rows(torch.eye(codec.padded_dim, device=x.device))[: codec.head_dim]
+    product = torch.empty((x.shape[0], codec.padded_dim), device=x.device)
     k_packed, k_norms = codec.compress_k(x)
     v_packed, v_norms = codec.compress_v(x)
     out = torch.empty_like(x)
-    raw = torch.empty((n, codec.padded_dim), dtype=x.dtype, device=device)
+    raw = torch.empty_like(product, dtype=x.dtype)
     return {
         "bf16 copy": lambda: half_out.copy_(half),
         "fp32 matmul": lambda: torch.mm(full, matrix, out=product),
@@ -145,6 +142,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     yardstick = sum(times[name] for name in YARDSTICK)
     moved = 2 * args.n * args.dim + args.n * codec.bytes_per_vector("k")
     steps = interleaved_medians(step_calls(codec.vector_format("k"), x), args.repeats, device)
+    total = sum(steps.values())
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -159,9 +157,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             name: {"ms": ms, "ratio": ms / yardstick, "gb_per_s": moved / ms / 1e6}
             for name, ms in times.items()
         },
-        "steps": {
-            name: {"ms": ms, "share": ms / sum(steps.values())} for name, ms in steps.items()
-        },
+        "steps": {name: {"ms": ms, "share": ms / total} for name, ms in steps.items()},
         "dominates": max(steps, key=lambda name: steps[name]),
     }
 
