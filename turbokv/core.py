@@ -298,15 +298,12 @@ class VectorFormat:
         return float(torch.tensor(1.0 / math.sqrt(self.padded_dim)).float())
 
     @cached_property
-    def _magnitude_of_cell(self) -> tuple[Tensor, Tensor] | None:
-        """Index and magnitude per cell of ``ceil(2 |u|)``: exact, since boundaries are halves."""
+    def _lattice_steps(self) -> list[tuple[int, int]] | None:
+        """Twice each boundary, and how much the magnitude grows there: integers for a lattice."""
         if not self.codebook.is_lattice:
             return None
-        twice = (2.0 * self.codebook.boundaries).to(torch.int64)
-        cells = torch.arange(int(twice[-1]) + 2)
-        index = torch.bucketize(cells, twice).to(torch.uint8)
-        values = torch.tensor(self.codebook.magnitudes, dtype=torch.float32)[index.long()]
-        return index.to(self.signs.device), values.to(self.signs.device)
+        m = [int(v) for v in self.codebook.magnitudes]
+        return [(a + b, b - a) for a, b in zip(m, m[1:], strict=False)]
 
     @cached_property
     def _boundaries(self) -> Tensor:
@@ -331,18 +328,28 @@ class VectorFormat:
 
         A value on a boundary takes the smaller magnitude. ``lattice`` is overwritten.
         """
-        tables = self._magnitude_of_cell
-        if tables is None:
+        steps = self._lattice_steps
+        if steps is None:
             index = torch.bucketize(lattice, self._boundaries, out_int32=True)
             values = torch.tensor(self.codebook.magnitudes, dtype=torch.float32).to(index.device)
             return index.to(torch.uint8), values.index_select(0, index.view(-1)).view_as(lattice)
-        limit = float(tables[0].numel() - 1)
-        cell = lattice.mul_(2.0).ceil_().clamp_(max=limit).nan_to_num_(nan=0.0).to(torch.int32)
-        flat = cell.view(-1)
-        return (
-            tables[0].index_select(0, flat).view_as(lattice),
-            tables[1].index_select(0, flat).view_as(lattice),
-        )
+        # 2 |u| > b if and only if ceil(2 |u|) > b, as all b are integers; clamped as integers, which
+        # also brings NaN into range
+        cell = lattice.mul_(2.0).ceil_().to(torch.int32).clamp_(0, steps[-1][0] + 1)
+        cell = cell.to(torch.uint8)
+        if self.codebook.is_mid_tread and all(grow == 1 for _, grow in steps):
+            index = cell >> 1  # boundaries 1, 3, 5, ...
+            return index, index.to(torch.float32)
+        # clamp(cell, b, b + 1) is b, or b + 1 beyond the boundary. Their sum modulo 256 counts
+        # boundaries once the b are taken off: far cheaper than lookups, which run on one thread.
+        index = torch.full_like(cell, -sum(b for b, _ in steps) % 256)
+        start = int(self.codebook.magnitudes[0]) - sum(b * grow for b, grow in steps)
+        magnitude = torch.full_like(cell, start % 256)
+        for b, grow in steps:
+            beyond = cell.clamp(b, b + 1)
+            index += beyond
+            magnitude.add_(beyond, alpha=grow)
+        return index, magnitude.to(torch.float32)
 
 
 def stored_scale(fmt: VectorFormat, y: Tensor, squares: Tensor, magnitude: Tensor) -> Tensor:
@@ -481,7 +488,8 @@ def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> Non
     half = 1 << (fmt.bits - 1)
     for block in _blocks(x.shape[0], fmt.padded_dim, x.device):
         y = rotate_rows(x[block], fmt)
-        negative = (y < 0).view(torch.uint8)
+        # the sign bit, spread: -0 is not negative, and adding 0 makes it +0
+        negative = (y.add_(0.0).view(torch.int32) >> 31).to(torch.uint8)
         y = y.abs_()
         squares = tree_sum_rows(y * y)
         root = exact_sqrt(squares)
@@ -491,9 +499,9 @@ def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> Non
         index, magnitude = fmt.cells(y * inverse)
         norms[block] = round_scale(stored_scale(fmt, y, squares, magnitude), fmt.norm_dtype)
         if fmt.codebook.is_mid_tread:  # half +- index, in uint8 arithmetic
-            codes = torch.where(negative.view(torch.bool), half - index, half + index)
+            codes = torch.where(negative != 0, half - index, half + index)
         else:  # complementing half + index mirrors it around the middle of the code range
-            codes = (index + half) ^ (negative * full)
+            codes = (index + half) ^ (negative & full)
         packed[block] = pack_rows(codes, fmt.bits).t()
 
 
