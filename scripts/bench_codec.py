@@ -112,7 +112,8 @@ def step_calls(fmt: core.VectorFormat, x: Tensor) -> dict[str, Callable[[], obje
     def pack() -> None:
         half, full = 1 << (fmt.bits - 1), (1 << fmt.bits) - 1
         for i, (y, (index, _)) in enumerate(zip(rotated, cells, strict=True)):
-            codes = (index + half) ^ ((y < 0).view(torch.uint8) * full)
+            negative = (y.add_(0.0).view(torch.int32) >> 31).to(torch.uint8)
+            codes = (index + half) ^ (negative & full)
             packed[i * size : (i + 1) * size] = core.pack_rows(codes, fmt.bits).t()
 
     return {
