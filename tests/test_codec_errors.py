@@ -188,3 +188,9 @@ def test_a_refused_call_writes_nothing() -> None:
     with pytest.raises(ValueError, match="out_norms"):
         codec.compress_k(X, out_packed=packed, out_norms=NORMS[:2])
     assert (packed == 0xA5).all()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_unusable_device_is_named(device: str) -> None:
+    with pytest.raises(ValueError, match="device: wanted"):
+        TurboKVCodec(128, device=device)

@@ -75,9 +75,7 @@ class TurboKVCodec:
         self.k_bits = core.check_bits(k_bits, "k_bits")
         self.v_bits = core.check_bits(k_bits if v_bits is None else v_bits, "v_bits")
         self.seed = seed
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = _usable_device(device)
         self.backend = kernels.check_backend(backend)
         kernels.resolve_backend(self.backend, self.device)
         self._formats: dict[Role, VectorFormat] = {}
@@ -399,6 +397,24 @@ class TurboKVCodec:
                 f"norms: wanted shape {list(packed.shape[:-1])} to match packed,"
                 f" got {list(norms.shape)}"
             )
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    """Return ``device`` with its index, or raise ValueError if PyTorch cannot use it."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: wanted a PyTorch device, got {device!r}") from error
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: wanted one that PyTorch can use, got {device!r} (no CUDA)")
+        if found.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        if found.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: wanted one of {torch.cuda.device_count()} CUDA devices, got {device!r}"
+            )
+    return found
 
 
 def _squares(x: Tensor) -> Tensor:

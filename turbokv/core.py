@@ -14,6 +14,7 @@ residual.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ class VectorFormat:
         if not self.codebook.is_lattice:
             return None
         m = [int(v) for v in self.codebook.magnitudes]
-        return [(a + b, b - a) for a, b in zip(m, m[1:], strict=False)]
+        return [(a + b, b - a) for a, b in itertools.pairwise(m)]
 
     @cached_property
     def _boundaries(self) -> Tensor:
@@ -333,8 +334,8 @@ class VectorFormat:
             index = torch.bucketize(lattice, self._boundaries, out_int32=True)
             values = torch.tensor(self.codebook.magnitudes, dtype=torch.float32).to(index.device)
             return index.to(torch.uint8), values.index_select(0, index.view(-1)).view_as(lattice)
-        # 2 |u| > b if and only if ceil(2 |u|) > b, as all b are integers; clamped as integers, which
-        # also brings NaN into range
+        # 2 |u| > b if and only if ceil(2 |u|) > b, as all b are integers; clamped as integers,
+        # which also brings NaN into range
         cell = lattice.mul_(2.0).ceil_().to(torch.int32).clamp_(0, steps[-1][0] + 1)
         cell = cell.to(torch.uint8)
         if self.codebook.is_mid_tread and all(grow == 1 for _, grow in steps):
