@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import DynamicCache
 
 from turbokv import TurboKVCodec, kernels
 from turbokv.calibration import LayerCalibration
@@ -45,7 +44,7 @@ def test_layer_holds_the_same_bytes_as_on_the_cpu(bits: int) -> None:
 
 
 @torch.inference_mode()
-def test_logits_at_eight_bits_are_close_to_the_uncompressed_cache() -> None:
+def test_logits_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -55,20 +54,23 @@ def test_logits_at_eight_bits_are_close_to_the_uncompressed_cache() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        initializer_range=0.4,
+        initializer_range=0.1,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=96,
     )
-    model = LlamaForCausalLM(config).eval().cuda()
-    ids = torch.randint(2, 96, (2, 300)).cuda()
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(2, 96, (2, 300))
     logits = []
-    for cache in (DynamicCache(config=config), TurboKVCache(config, 8, window=4, sinks=2)):
-        model(ids[:, :-1], past_key_values=cache, use_cache=True)
-        logits.append(model(ids[:, -1:], past_key_values=cache, use_cache=True).logits)
-    # a vector loses 1% at eight bits (MSE 9e-5), and a random model does not amplify it much
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        cache = TurboKVCache(config, 4, window=4, sinks=2)
+        model(ids[:, :-1].to(device), past_key_values=cache, use_cache=True)
+        out = model(ids[:, -1:].to(device), past_key_values=cache, use_cache=True)
+        logits.append(out.logits.cpu())
+    # keys that round differently may move single coordinates by a level of four bits
     error = (logits[1] - logits[0]).norm() / logits[0].norm()
-    assert 0 < float(error) < 0.02
+    assert float(error) < 0.02
 
 
 def test_codec_on_cuda_runs_triton_and_refuses_cpu_tensors() -> None:
