@@ -16,6 +16,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from turbokv.calibration import CalibrationError
 from turbokv.centring import rotary_frequencies
 from turbokv.integrations.transformers import TurboKVCache
 from turbokv.integrations.transformers.calibrate import (
@@ -108,6 +109,27 @@ def test_every_part_can_be_measured_and_used_in_a_cache() -> None:
         chunk=50,
     )
     assert 0 < scores["all"].kl < 2 * scores["none"].kl
+
+
+def test_cache_makes_the_data_free_calibration_when_asked() -> None:
+    model = llama()
+    cache = TurboKVCache.for_model(model, 4, calibration="data-free", window=0)
+    assert cache.calibration is not None and sorted(cache.calibration.layers) == [0, 1]
+    again = TurboKVCache.for_model(model, 4, calibration=cache.calibration)
+    assert again.calibration is cache.calibration
+    assert TurboKVCache.for_model(model).calibration is None
+
+
+def test_cache_refuses_the_calibration_of_another_model() -> None:
+    got = calibrate(llama(), tokens=200)
+    with pytest.raises(CalibrationError, match="wanted one of this model, but its architecture"):
+        TurboKVCache.for_model(llama(num_hidden_layers=3), calibration=got)
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(llama().config)
+    with pytest.raises(CalibrationError, match="the weights are not"):
+        TurboKVCache.for_model(other, calibration=got)
+    with pytest.raises(ValueError, match="calibration: wanted a Calibration, 'data-free' or None"):
+        TurboKVCache.for_model(other, calibration="text")
 
 
 def test_bad_arguments_are_named() -> None:

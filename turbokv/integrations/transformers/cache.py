@@ -351,7 +351,8 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     sinks
         First tokens of every sequence of which a 16-bit copy is kept.
     calibration
-        From ``turbokv calibrate`` (:class:`turbokv.calibration.Calibration`); None is data-free.
+        From ``turbokv calibrate`` (:class:`turbokv.calibration.Calibration`); None stores keys as they
+        are. :meth:`for_model` checks whose it is, or makes one without data.
     attention_mask
         ``[batch, tokens]`` of the prompt, to find the first real token of left-padded sequences.
         Without it the sinks are the first slots, padding or not.
@@ -415,6 +416,50 @@ class TurboKVCache(Cache):  # type: ignore[misc]
                 f" got {type(config).__name__} with {[type(x).__name__ for x in layers[:4]]}"
             )
         super().__init__(layers=layers)
+        self.calibration = calibration
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        k_bits: int = 4,
+        v_bits: int | None = None,
+        *,
+        calibration: Calibration | str | None = None,
+        **options: Any,
+    ) -> TurboKVCache:
+        """Make a cache for a loaded model, and its data-free calibration when asked.
+
+        Parameters
+        ----------
+        model
+            The Transformers model that the cache will be used with.
+        k_bits, v_bits, options
+            As for the constructor.
+        calibration
+            A :class:`Calibration`, which must be of this model; ``"data-free"`` runs the model on
+            2048 random token ids now (keep :attr:`calibration` to make more caches); or None.
+
+        Raises
+        ------
+        CalibrationError
+            If the calibration is of another model.
+        TypeError, ValueError
+            As for the constructor.
+        """
+        from turbokv.calibration import Calibration
+        from turbokv.integrations.transformers.calibrate import calibrate
+        from turbokv.integrations.transformers.models import fingerprint
+
+        if calibration == "data-free":
+            calibration = calibrate(model, tokens=2048)
+        elif isinstance(calibration, Calibration):
+            calibration.check_model(fingerprint(model))
+        elif calibration is not None:
+            raise ValueError(
+                f"calibration: wanted a Calibration, 'data-free' or None, got {calibration!r}"
+            )
+        return cls(model.config, k_bits, v_bits, calibration=calibration, **options)
 
     def compressed_layers(self) -> Iterator[TurboKVLayer]:
         """Iterate over the layers that compress."""
