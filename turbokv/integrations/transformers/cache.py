@@ -351,8 +351,8 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     sinks
         First tokens of every sequence of which a 16-bit copy is kept.
     calibration
-        From ``turbokv calibrate`` (:class:`turbokv.calibration.Calibration`); None stores keys as they
-        are. :meth:`for_model` checks whose it is, or makes one without data.
+        From ``turbokv calibrate`` (:class:`turbokv.calibration.Calibration`); None stores keys as
+        they are. :meth:`for_model` checks whose it is, or makes one without data.
     attention_mask
         ``[batch, tokens]`` of the prompt, to find the first real token of left-padded sequences.
         Without it the sinks are the first slots, padding or not.
