@@ -275,9 +275,10 @@ def evaluate(
         )
         return
     table = Table(title=title)
-    for heading in ("cache", "bits", "KL", "x fp8", "x int4", "1-TV", "top-1", "ppl ratio"):
-        name = heading == "cache"
-        table.add_column(heading, justify="left" if name else "right", no_wrap=name)
+    # in a narrow terminal names fold; a figure is never cut
+    table.add_column("cache", overflow="fold")
+    for heading in ("bits", "KL", "x fp8", "x int4", "1-TV", "top-1", "ppl"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in sorted(rows, key=lambda r: (-r.bits, r.kl)):
         table.add_row(
             f"[dim]{row.name}[/dim]" if row.rival else row.name,

@@ -108,6 +108,7 @@ def test_eval_table_for_people(command: CliRunner) -> None:
     )
     assert out.exit_code == 0, out.output
     assert "k4v4+w96+s2" in out.stdout
+    assert "…" not in out.stdout  # 80 columns hold every figure
 
 
 def test_preset_names_are_read() -> None:
