@@ -31,6 +31,7 @@ BOOKS = {
     5: Book((2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 69, 80, 97), 0.0336402694, 5),
     8: Book(tuple(range(128)), 0.0308700902, 5),
 }
+BASE_BITS = {2: 2, 3: 2, 4: 4, 5: 4, 8: 8}
 
 
 def splitmix64(x: int) -> int:
@@ -114,6 +115,60 @@ def round_scale(scale: Array, name: str = "float16") -> Array:
 def pack(codes: Array, bits: int) -> bytes:
     string = sum(int(code) << (bits * j) for j, code in enumerate(codes))
     return string.to_bytes(len(codes) * bits // 8, "little")
+
+
+def planes(codes: Array, role: str, bits: int) -> tuple[bytes, bytes]:
+    """Base and high plane of one token, section 6; the high plane may have no bytes."""
+    bases, highs = [], []
+    for code in map(int, codes):
+        if bits == 3:
+            bases.append(code % 4)
+            highs.append(code // 4)
+        elif bits == 4:
+            bases.append(code // 2 + code % 2 * 8)
+        elif bits == 5:
+            bases.append(code - 16 if code >= 16 else 15 - code)
+            highs.append(code // 16)
+        else:
+            bases.append(code)
+    high = bytearray(len(highs) // 8)
+    for j, bit in enumerate(highs):
+        if bits == 3:
+            byte, place = j // 8, j // 2 % 2 * 4 + j // 4 % 2 * 2 + j % 2
+        elif role == "k":
+            byte, place = j // 16 * 2 + j % 2, j // 4 % 4 * 2 + j // 2 % 2
+        else:
+            byte, place = j // 8, j % 8
+        high[byte] |= bit << place
+    return pack(np.array(bases), BASE_BITS[bits]), bytes(high)
+
+
+def write_token(
+    tile: bytearray,
+    token: int,
+    k_planes: tuple[bytes, bytes],
+    v_planes: tuple[bytes, bytes],
+    v_bits: int,
+    scales: tuple[bytes, bytes],
+) -> None:
+    """Write a token, 0 to 15, where section 6 puts it in a tile."""
+    start = 0
+    for plane in k_planes:
+        n = len(plane)
+        for i, byte in enumerate(plane):
+            place = i ^ 64 if n >= 128 and token % 2 else i
+            tile[start + token * n + place] = byte
+        start += 16 * n
+    base_run = min(4, len(v_planes[0]) // 8)
+    order = token // 8 + token % 2 * 2 if v_bits == 2 else token // 8 * 2 + token % 2
+    for plane, s in zip(v_planes, (base_run, base_run // BASE_BITS[v_bits]), strict=True):
+        for i, byte in enumerate(plane):
+            place = i // s * (16 * s) + token // 2 % 4 * (4 * s) + i % s * 4 + order
+            tile[start + place] = byte
+        start += 16 * len(plane)
+    for part, scale in enumerate(scales):
+        first = start + 4 * token + 2 * part
+        tile[first : first + 2] = scale
 
 
 def read(codes: Array, scale: Array, book: Book) -> Array:

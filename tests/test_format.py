@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -26,8 +27,17 @@ CODEC_FILE, PAGES_FILE = ROOT / "data" / "golden_codec.json", ROOT / "data" / "g
 FORMAT_TEXT = (ROOT.parent / "turbokv" / "FORMAT.md").read_text()
 HEAD_DIMS = (64, 96, 128)
 BITS = range(2, 9)
-# (head_dim, k_bits, v_bits, page_size): every page width, both roles, two tiles, a padded size
-PAGES = ((64, 4, 4, 32), (128, 5, 3, 16), (96, 3, 2, 16), (64, 8, 5, 16), (64, 2, 8, 16))
+# (head_dim, k_bits, v_bits, page_size): every page width, both roles, two tiles, a padded size;
+# then rows of K that swap halves, and runs of V shorter than four words
+PAGES = (
+    (64, 4, 4, 32),
+    (128, 5, 3, 16),
+    (96, 3, 2, 16),
+    (64, 8, 5, 16),
+    (64, 2, 8, 16),
+    (128, 8, 4, 16),
+    (64, 4, 3, 16),
+)
 NUM_HEADS = 2
 
 
@@ -199,18 +209,17 @@ def test_golden_pages(case: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("case", PAGES, ids=lambda case: page_name(*case))
-def test_golden_pages_follow_the_table_of_the_format(case: tuple[int, int, int, int]) -> None:
-    """Cut the golden tiles by hand, as section 6 says, and compress by ``ref.py``."""
+def test_second_implementation_gives_the_golden_pages(case: tuple[int, int, int, int]) -> None:
+    """``ref.py`` compresses, and places bytes as section 6 says."""
     head_dim, k_bits, v_bits, page_size = case
     count, mu = page_size - 3, offset(head_dim).numpy()
     keys = tokens(count, head_dim, 3).numpy()
     keys[::2] += mu
     values = tokens(count, head_dim, 4).numpy()
-    k_bytes, v_bytes = (core.padded_dim(head_dim) * bits // 8 for bits in (k_bits, v_bits))
     content = golden(PAGES_FILE)[page_name(*case)]
-    assert content["tile_bytes"] == 16 * (k_bytes + v_bytes + 4)
-    for head, tiles in enumerate(content["heads"]):
-        assert len(tiles) == page_size // 16
+    size = 2 * core.padded_dim(head_dim) * (k_bits + v_bits) + 64
+    assert content["tile_bytes"] == size
+    for head, got in enumerate(content["heads"]):
         x, centred = keys[:, head], keys[:, head] - mu
         lengths = [ref.tree_sum(ref.pad(part * part)) for part in (x, centred)]
         marked = lengths[0] < lengths[1]
@@ -221,16 +230,40 @@ def test_golden_pages_follow_the_table_of_the_format(case: tuple[int, int, int, 
         )
         k_scale = ref.round_scale(np.where(marked, -k_scale, k_scale))
         v_scale = ref.round_scale(v_scale)
-        for token in range(page_size):
-            tile, t = bytes.fromhex(tiles[token // 16]), token % 16
-            v_at, scales_at = 16 * k_bytes + t * v_bytes, 16 * (k_bytes + v_bytes) + 4 * t
-            got = tile[t * k_bytes :][:k_bytes], tile[v_at:][:v_bytes], tile[scales_at:][:4]
-            if token >= count:
-                assert set(b"".join(got)) == {0xA5}
-                continue
-            assert got[0] == ref.pack(k_codes[token], k_bits)
-            assert got[1] == ref.pack(v_codes[token], v_bits)
-            assert got[2] == k_scale[token].tobytes() + v_scale[token].tobytes()
+        tiles = [bytearray(b"\xa5" * size) for _ in range(page_size // 16)]
+        for i in range(count):
+            k_planes = ref.planes(k_codes[i], "k", k_bits)
+            v_planes = ref.planes(v_codes[i], "v", v_bits)
+            scales = k_scale[i].tobytes(), v_scale[i].tobytes()
+            ref.write_token(tiles[i // 16], i % 16, k_planes, v_planes, v_bits, scales)
+        assert got == [tile.hex() for tile in tiles]
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
+def test_second_implementation_gives_the_same_pages(head_dim: int) -> None:
+    """All pairs of widths, from random codes in the second of two tiles; and back again."""
+    generator, dim = torch.Generator().manual_seed(head_dim), core.padded_dim(head_dim)
+    flat, planes = {}, {}
+    for role in get_args(core.Role):
+        for bits in paged.PAGE_BITS:
+            codes = torch.randint(1 << bits, (dim, 16), generator=generator, dtype=torch.uint8)
+            flat[role, bits] = core.pack_rows(codes, bits).t()[:, None]
+            planes[role, bits] = [ref.planes(row, role, bits) for row in codes.t().numpy()]
+    scales = torch.randn(2, 16, 1, generator=generator).to(torch.float16)
+    for k_bits, v_bits in itertools.product(paged.PAGE_BITS, repeat=2):
+        layout = PageLayout(head_dim, k_bits, v_bits, 32, 1)
+        pages = torch.full(layout.shape(1), 0xA5, dtype=torch.uint8)
+        slots, stored = torch.arange(16, 32), (flat["k", k_bits], flat["v", v_bits])
+        for role, packed, norms in zip(get_args(core.Role), stored, scales, strict=True):
+            layout.scatter(pages, slots, role, packed, norms)
+            got = layout.gather(pages, slots, role)
+            assert torch.equal(got[0], packed) and torch.equal(got[1], norms)
+        tile = bytearray(layout.tile_bytes)
+        for i in range(16):
+            k_planes, v_planes = planes["k", k_bits][i], planes["v", v_bits][i]
+            pair = tuple(scale.numpy().tobytes() for scale in scales[:, i])
+            ref.write_token(tile, i, k_planes, v_planes, v_bits, pair)
+        assert pages.numpy().tobytes() == b"\xa5" * layout.tile_bytes + tile, (k_bits, v_bits)
 
 
 def test_format_text_names_version_and_constants() -> None:
@@ -242,6 +275,11 @@ def test_format_text_names_version_and_constants() -> None:
         widths = ((4, 4), (5, 3), (3, 3), (2, 2), (8, 4))
         sizes = [PageLayout(head_dim, k, v, 16, 1).bytes_per_token for k, v in widths]
         assert f"| head_dim {head_dim} | {' | '.join(map(str, sizes))} |" in FORMAT_TEXT
+    parts: tuple[paged.Part, ...] = ("k_base", "k_high", "v_base", "v_high", "k_scale")
+    layout, first = PageLayout(128, 5, 3, 16, 1), torch.tensor([0])
+    starts = tuple(int(layout.byte_offsets(part, first)[0, 0]) for part in parts)
+    example = "K base starts at byte {} of the tile, K high at {}, V base at {}, V high at {} and "
+    assert f"{example}the scales at {{}}.".format(*starts) in FORMAT_TEXT.replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import ref
-from turbokv import TurboKVCodec
+from turbokv import TurboKVCodec, core
 from turbokv.centring import SEGMENT
-from turbokv.paged import PAGE_BITS, PagedKVCache, PageLayout, Part
+from turbokv.paged import (
+    PAGE_BITS,
+    PagedKVCache,
+    PageLayout,
+    Part,
+    base_bits,
+    flat_to_planes,
+    planes_to_flat,
+)
 
 PARTS: tuple[Part, ...] = get_args(Part)
 bounded = settings(max_examples=20, deadline=None)
@@ -85,7 +93,7 @@ def test_sizes(head_dim: int, k_bits: int, v_bits: int, tile: int) -> None:
 
 @pytest.mark.parametrize("k_bits", PAGE_BITS)
 @pytest.mark.parametrize("v_bits", PAGE_BITS)
-@pytest.mark.parametrize("head_dim", [8, 64, 96, 256])
+@pytest.mark.parametrize("head_dim", [33, 96, 256, 512])
 def test_parts_tile_the_page_exactly(head_dim: int, k_bits: int, v_bits: int) -> None:
     """Every byte belongs to one token and one part, and every part of a tile is 16-byte aligned."""
     layout = PageLayout(head_dim, k_bits, v_bits, 32, 1)
@@ -93,9 +101,67 @@ def test_parts_tile_the_page_exactly(head_dim: int, k_bits: int, v_bits: int) ->
     every = torch.cat([table.flatten() for table in offsets.values()])
     assert torch.equal(every.sort().values, torch.arange(layout.page_head_bytes))
     assert layout.tile_bytes % 16 == 0
-    for part in ("k_codes", "v_codes", "k_scale"):
-        assert (offsets[part][::16, 0] % 16 == 0).all()
+    start = 0
+    for part in ("k_base", "k_high", "v_base", "v_high"):
+        table = offsets[part]
+        assert table.shape == (32, layout.part_bytes(part))
+        if table.numel():  # one run of bytes in each tile, in this order
+            tiles = table.view(2, -1)
+            firsts = torch.tensor([start, start + layout.tile_bytes])
+            assert torch.equal(tiles.min(1).values, firsts) and start % 16 == 0
+            start += tiles.shape[1]
+            assert torch.equal(tiles.max(1).values, firsts + tiles.shape[1] - 1)
+    assert torch.equal(offsets["k_scale"][:16, 0], start + 4 * torch.arange(16))
     assert torch.equal(offsets["v_scale"], offsets["k_scale"] + 2)
+
+
+@pytest.mark.parametrize("bits", PAGE_BITS)
+@pytest.mark.parametrize("head_dim", [64, 128, 512])
+def test_four_tokens_of_v_share_aligned_words(head_dim: int, bits: int) -> None:
+    """And a row of K is one run of bytes, aligned to the largest power of two it can be."""
+    layout = PageLayout(head_dim, bits, bits, 16, 1)
+    for part in ("v_base", "v_high"):
+        offsets = layout.byte_offsets(part, torch.arange(16))
+        for token in (0, 2, 4, 6):
+            lanes = offsets[[token, token + 1, token + 8, token + 9]]
+            assert (lanes // 4 == lanes[:1] // 4).all()
+            order = [0, 2, 1, 3] if bits == 2 else [0, 1, 2, 3]
+            assert (lanes % 4 == torch.tensor(order)[:, None]).all()
+    for part in ("k_base", "k_high"):
+        offsets = layout.byte_offsets(part, torch.arange(16))
+        if offsets.numel():
+            rows = offsets.sort(1).values
+            first = rows[:1, :1] + layout.part_bytes(part) * torch.arange(16)[:, None]
+            assert torch.equal(rows, first + torch.arange(layout.part_bytes(part)))
+
+
+@pytest.mark.parametrize("role", ["k", "v"])
+@pytest.mark.parametrize("bits", PAGE_BITS)
+def test_planes_return_to_the_flat_form(role: core.Role, bits: int) -> None:
+    for lead in ((3, 0, 2), (2, 5), (7,), ()):
+        packed = torch.randint(256, (*lead, 128 * bits // 8), dtype=torch.uint8)
+        base, high = flat_to_planes(packed, role, bits)
+        assert base.shape == (*lead, 16 * base_bits(bits))
+        assert high.shape == (*lead, 16 * (bits - base_bits(bits)))
+        assert torch.equal(planes_to_flat(base, high, role, bits), packed)
+
+
+def test_planes_hold_signs_and_magnitudes() -> None:
+    """What kernels rely on: where the sign is, and that four bits permute by bytes."""
+    eight = torch.arange(32, dtype=torch.uint8)[:, None].expand(32, 64)  # one code throughout
+    negative = {
+        bits: torch.tensor([code < 1 << bits - 1 for code in range(1 << bits)]) for bits in (3, 5)
+    }
+    for bits, sign in negative.items():
+        codes = eight[: 1 << bits].t().contiguous()
+        for role in get_args(core.Role):
+            _, high = flat_to_planes(core.pack_rows(codes, bits).t(), role, bits)
+            assert torch.equal(high == 0, sign[:, None].expand(high.shape))
+    base, _ = flat_to_planes(core.pack_rows(eight.t().contiguous(), 5).t(), "k", 5)
+    assert torch.equal(base[:16].flip(0), base[16:])  # opposite codes have the same index
+    assert torch.equal(base[16:, 0], 17 * torch.arange(16, dtype=torch.uint8))
+    base, _ = flat_to_planes(core.pack_rows(eight[:16].t().contiguous(), 4).t(), "k", 4)
+    assert torch.equal(base[:, 0] >> 2 & 1, torch.arange(16, dtype=torch.uint8) >> 3)
 
 
 class ReversedLayout(PageLayout):
@@ -173,6 +239,24 @@ def test_append_touches_only_its_tokens(bits: tuple[int, int]) -> None:
     cache.append(k[:2], v[:2], torch.tensor([-1, -1]))
     cache.append(k[:0], v[:0], torch.tensor([], dtype=torch.int64))
     assert torch.equal(cache.pages, before)
+
+
+@pytest.mark.parametrize("bits", PAGE_BITS)
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_every_token_may_change_alone(bits: int, head_dim: int) -> None:
+    layout, tokens = PageLayout(head_dim, bits, bits, 16, 1), torch.arange(16)
+    generator = torch.Generator().manual_seed(bits)
+    pages = torch.randint(256, layout.shape(1), dtype=torch.uint8, generator=generator)
+    vectors = layout.part_bytes("k_base") + layout.part_bytes("k_high")
+    for token in tokens[torch.randperm(16, generator=generator)].split(1):
+        before = pages.clone()
+        packed = torch.randint(256, (1, 1, vectors), dtype=torch.uint8, generator=generator)
+        for role in get_args(core.Role):
+            layout.scatter(pages, token, role, packed, torch.ones(1, 1).half())
+            assert torch.equal(layout.gather(pages, token, role)[0], packed)
+        own = torch.cat([layout.byte_offsets(part, token).flatten() for part in PARTS])
+        changed = (pages != before)[0, 0].nonzero().flatten()
+        assert torch.isin(changed, own).all() and len(changed) > len(own) // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -117,6 +117,11 @@ BAD: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
         "k_bits: wanted one of (2, 3, 4, 5, 8) for pages, got 6",
     ),
     (
+        lambda c: PagedKVCache(TurboKVCodec(32), 1, 2),
+        ValueError,
+        "head_dim: wanted 33 to 512 for pages, got 32",
+    ),
+    (
         lambda c: PagedKVCache(c.codec, 0, 2),
         ValueError,
         "num_pages: wanted a positive multiple of 1, got 0",
@@ -152,6 +157,7 @@ def test_bad_input_names_argument_wanted_and_got(
         ({"page_size": 0}, ValueError, "page_size: wanted a positive multiple of 16, got 0"),
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads: wanted a positive multiple of 1, got 0"),
         ({"num_kv_heads": 1.5}, TypeError, "num_kv_heads: wanted an int, got 1.5"),
+        ({"head_dim": 32}, ValueError, "head_dim: wanted 33 to 512 for pages, got 32"),
         ({"head_dim": 1024}, ValueError, "head_dim: wanted 8 to 512, got 1024"),
     ],
 )

@@ -20,12 +20,18 @@ from turbokv import core
 from turbokv.centring import SEGMENT
 from turbokv.codec import TurboKVCodec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TILE = 16  # tokens; every part of a tile is then a multiple of 16 bytes, at any width
 PAGE_BITS = (2, 3, 4, 5, 8)  # the int8 lattices, which kernels can expand
+MIN_PADDED_DIM = 64  # at 32 the high plane of V has too few bytes for its order
 SCALE_BYTES = 2
-Part = Literal["k_codes", "v_codes", "k_scale", "v_scale"]
+_SWIZZLED_BYTES = 128  # rows of K as long as this swap their halves in odd tokens
+Part = Literal["k_base", "k_high", "v_base", "v_high", "k_scale", "v_scale"]
 Stored = tuple[Tensor, Tensor, Tensor, Tensor]
+_PARTS: dict[core.Role, tuple[Part, Part, Part]] = {
+    "k": ("k_base", "k_high", "k_scale"),
+    "v": ("v_base", "v_high", "v_scale"),
+}
 Dtypes = tuple[torch.dtype, ...]
 _INTS = (torch.int32, torch.int64)
 
@@ -43,6 +49,76 @@ def _check_values(x: Tensor, name: str, low: int, high: int) -> None:
         raise ValueError(f"{name}: wanted values from {low} to {high}, got {least} to {most}")
 
 
+def base_bits(bits: int) -> int:
+    """Return the bits of a code in the base plane; any other bit lies in the high plane."""
+    return {2: 2, 3: 2, 4: 4, 5: 4, 8: 8}[bits]
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    """Bytes ``[..., n]`` to codes ``[8 * n / bits, vectors]``."""
+    rows = packed.reshape(-1, packed.shape[-1]).t().contiguous()
+    return core.unpack_rows(rows, 8 * packed.shape[-1] // bits, bits)
+
+
+def _pack(codes: Tensor, bits: int, like: Tensor) -> Tensor:
+    """Codes ``[dim, vectors]`` to bytes ``[..., dim * bits / 8]``, leading dimensions of ``like``.
+
+    No -1 among the dimensions: there may be no vectors.
+    """
+    return core.pack_rows(codes, bits).t().reshape(*like.shape[:-1], codes.shape[0] * bits // 8)
+
+
+def _high_order(role: core.Role, bits: int, dim: int, device: torch.device) -> Tensor:
+    """Return which coordinate each bit of a token's high plane belongs to, int64 ``[dim]``."""
+    j = torch.arange(dim, device=device)
+    if bits == 3:  # (u, i, v, f) to (u, v, i, f)
+        return j.view(-1, 2, 2, 2).transpose(1, 2).flatten()
+    if role == "k":  # (U, r, upper and lower bit of c) to (U, lower, r, upper)
+        return j.view(-1, 4, 2, 2).permute(0, 3, 1, 2).flatten()
+    return j
+
+
+def flat_to_planes(packed: Tensor, role: core.Role, bits: int) -> tuple[Tensor, Tensor]:
+    """Turn codes of the flat form into a token's planes, bytes counted by FORMAT.md's ``B``.
+
+    Parameters
+    ----------
+    packed
+        uint8 ``[..., padded_dim * bits / 8]``.
+    role, bits
+        Which vector it is, and the width of its codes: 2, 3, 4, 5 or 8.
+
+    Returns
+    -------
+    tuple of Tensor
+        Base and high plane, uint8, ``padded_dim * base_bits(bits) / 8`` and ``padded_dim / 8``
+        bytes a vector; with 2, 4 or 8 bits the high plane has none.
+    """
+    if bits in (2, 8):
+        return packed, packed[..., :0]
+    codes = _unpack(packed, bits)
+    if bits == 4:
+        return _pack((codes >> 1) | ((codes & 1) << 3), 4, packed), packed[..., :0]
+    high = codes >> base_bits(bits)
+    # five bits: the magnitude's index, which counts up from code 16 and down from code 15
+    base = codes & 3 if bits == 3 else torch.where(high != 0, codes, ~codes) & 15
+    order = _high_order(role, bits, codes.shape[0], packed.device)
+    return _pack(base, base_bits(bits), packed), _pack(high[order], 1, packed)
+
+
+def planes_to_flat(base: Tensor, high: Tensor, role: core.Role, bits: int) -> Tensor:
+    """Undo :func:`flat_to_planes`: uint8 ``[..., padded_dim * bits / 8]``."""
+    if bits in (2, 8):
+        return base
+    codes = _unpack(base, base_bits(bits))
+    if bits == 4:
+        return _pack(((codes & 7) << 1) | (codes >> 3), 4, base)
+    top = torch.empty_like(codes)
+    top[_high_order(role, bits, codes.shape[0], base.device)] = _unpack(high, 1)
+    codes = codes | (top << 2) if bits == 3 else torch.where(top != 0, codes + 16, 15 - codes)
+    return _pack(codes, bits, base)
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Shapes of a page and the place of every byte in it.
@@ -50,7 +126,7 @@ class PageLayout:
     Attributes
     ----------
     head_dim, k_bits, v_bits
-        Elements per vector, 8 to 512, and widths: 2, 3, 4, 5 or 8.
+        Elements per vector, 33 to 512, and widths: 2, 3, 4, 5 or 8.
     page_size, num_kv_heads
         Tokens per page, a multiple of 16, and KV heads.
     """
@@ -63,7 +139,9 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         """Refuse what has no page."""
-        core.padded_dim(self.head_dim)
+        if core.padded_dim(self.head_dim) < MIN_PADDED_DIM:
+            wanted = f"{MIN_PADDED_DIM // 2 + 1} to {core.MAX_HEAD_DIM} for pages"
+            raise ValueError(f"head_dim: wanted {wanted}, got {self.head_dim}")
         for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
             if core.check_bits(bits, name) not in PAGE_BITS:
                 raise ValueError(f"{name}: wanted one of {PAGE_BITS} for pages, got {bits}")
@@ -74,11 +152,14 @@ class PageLayout:
         """Return the bytes that one token and head has in ``part``."""
         if part in ("k_scale", "v_scale"):
             return SCALE_BYTES
-        return core.packed_dim(self.head_dim, self.k_bits if part == "k_codes" else self.v_bits)
+        bits = self.k_bits if part in ("k_base", "k_high") else self.v_bits
+        base = base_bits(bits)
+        plane = base if part in ("k_base", "v_base") else bits - base
+        return core.padded_dim(self.head_dim) * plane // 8
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of 16 tokens of one KV head: K codes, V codes, 16 pairs of scales."""
+        """Bytes of 16 tokens of one KV head: planes of K, planes of V, 16 pairs of scales."""
         return TILE * sum(self.part_bytes(part) for part in get_args(Part))
 
     @property
@@ -101,20 +182,40 @@ class PageLayout:
         return num_pages, self.num_kv_heads, self.page_head_bytes
 
     def byte_offsets(self, part: Part, tokens: Tensor) -> Tensor:
-        """Return where each byte of the flat form lies in a page and head: the one definition.
+        """Return where each byte of a part lies in a page and head: the one definition.
 
-        ``tokens`` is int64 ``[n]``, tokens within a page; the result int64 ``[n, part_bytes]``.
+        Parameters
+        ----------
+        part
+            A plane (:func:`flat_to_planes` gives its bytes) or a scale.
+        tokens
+            int64 ``[n]``, tokens within a page.
+
+        Returns
+        -------
+        Tensor
+            int64 ``[n, part_bytes]``; nothing for the high plane of 2, 4 or 8 bits.
         """
-        k_codes, v_codes = self.part_bytes("k_codes"), self.part_bytes("v_codes")
-        scales = TILE * (k_codes + v_codes)
-        start, stride = {
-            "k_codes": (0, k_codes),
-            "v_codes": (TILE * k_codes, v_codes),
-            "k_scale": (scales, 2 * SCALE_BYTES),
-            "v_scale": (scales + SCALE_BYTES, 2 * SCALE_BYTES),
-        }[part]
-        first = tokens // TILE * self.tile_bytes + start + tokens % TILE * stride
-        return first[:, None] + torch.arange(self.part_bytes(part), device=tokens.device)
+        planes: tuple[Part, ...] = ("k_base", "k_high", "v_base", "v_high")
+        sizes = [self.part_bytes(plane) for plane in planes]
+        count = self.part_bytes(part)
+        byte, token = torch.arange(count, device=tokens.device), tokens[:, None] % TILE
+        tile = tokens[:, None] // TILE * self.tile_bytes
+        if part in ("k_scale", "v_scale"):
+            pair = TILE * sum(sizes) + token * 2 * SCALE_BYTES
+            return tile + pair + (SCALE_BYTES if part == "v_scale" else 0) + byte
+        tile = tile + TILE * sum(sizes[: planes.index(part)])
+        if part in ("k_base", "k_high"):
+            # against bank conflicts: lanes that read one column of several tokens
+            half = token % 2 * (_SWIZZLED_BYTES // 2) if count >= _SWIZZLED_BYTES else 0
+            return tile + token * count + (byte ^ half)
+        # tokens 2t, 2t + 1, 2t + 8 and 2t + 9 share a word, and `run` words follow each other
+        run = min(4, sizes[2] // 8)
+        if part == "v_high":
+            run //= base_bits(self.v_bits)
+        k, t, e = token // 8, token // 2 % 4, token % 2
+        lane = k + 2 * e if self.v_bits == 2 else 2 * k + e
+        return tile + byte // run * (TILE * run) + t * (4 * run) + byte % run * 4 + lane
 
     def _index(self, slots: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Index ``pages`` by page, head and byte; strides do the rest in 64 bits."""
@@ -122,16 +223,37 @@ class PageLayout:
         offsets = self.byte_offsets(part, slots % self.page_size)
         return (slots // self.page_size)[:, None, None], heads[:, None], offsets[:, None, :]
 
-    def scatter(self, pages: Tensor, slots: Tensor, part: Part, data: Tensor) -> None:
-        """Write ``data`` uint8 ``[n, num_kv_heads, part_bytes]`` (flat form) at ``slots`` ``[n]``.
+    def scatter(
+        self, pages: Tensor, slots: Tensor, role: core.Role, packed: Tensor, norms: Tensor
+    ) -> None:
+        """Write the keys or values of tokens; no other byte is written or read.
 
-        A slot is ``page * page_size + token``. Slots must differ; no other byte is written or read.
+        Parameters
+        ----------
+        pages
+            uint8 ``[num_pages, num_kv_heads, page_head_bytes]``.
+        slots
+            int64 ``[n]``, ``page * page_size + token``, all different.
+        role
+            ``"k"`` or ``"v"``.
+        packed, norms
+            The flat form: uint8 ``[n, num_kv_heads, packed_dim]`` and float16
+            ``[n, num_kv_heads]``.
         """
-        pages[self._index(slots, part)] = data
+        base, high, scale = _PARTS[role]
+        planes = flat_to_planes(packed, role, self._bits(role))
+        pages[self._index(slots, base)] = planes[0]
+        pages[self._index(slots, high)] = planes[1]
+        pages[self._index(slots, scale)] = norms[..., None].view(torch.uint8)
 
-    def gather(self, pages: Tensor, slots: Tensor, part: Part) -> Tensor:
-        """Read what :meth:`scatter` wrote: uint8 ``[n, num_kv_heads, part_bytes]``."""
-        return pages[self._index(slots, part)]
+    def gather(self, pages: Tensor, slots: Tensor, role: core.Role) -> tuple[Tensor, Tensor]:
+        """Read what :meth:`scatter` wrote: ``packed`` and ``norms``."""
+        base, high, scale = (pages[self._index(slots, part)] for part in _PARTS[role])
+        packed = planes_to_flat(base, high, role, self._bits(role))
+        return packed, scale.view(torch.float16)[..., 0]
+
+    def _bits(self, role: core.Role) -> int:
+        return self.k_bits if role == "k" else self.v_bits
 
 
 class PagedKVCache:
@@ -200,9 +322,9 @@ class PagedKVCache:
         keep = slot_mapping >= 0
         k_packed, k_norms = self.codec.compress_k(k, offset=k_offset)
         v_packed, v_norms = self.codec.compress_v(v)
-        k_scale, v_scale = (norms[..., None].view(torch.uint8) for norms in (k_norms, v_norms))
-        for part, data in zip(get_args(Part), (k_packed, v_packed, k_scale, v_scale), strict=True):
-            self.layout.scatter(self.pages, slot_mapping[keep], part, data[keep])
+        slots = slot_mapping[keep]
+        self.layout.scatter(self.pages, slots, "k", k_packed[keep], k_norms[keep])
+        self.layout.scatter(self.pages, slots, "v", v_packed[keep], v_norms[keep])
 
     def slots(self, kv_indices: Tensor, length: int) -> Tensor:
         """Return the slots of the first ``length`` tokens in pages ``kv_indices``, int64."""
@@ -222,11 +344,8 @@ class PagedKVCache:
         Shapes are ``[length, num_kv_heads, packed_dim]`` and ``[length, num_kv_heads]``.
         """
         slots = self.slots(kv_indices, length)
-        k_packed, v_packed, k_scale, v_scale = (
-            self.layout.gather(self.pages, slots, part) for part in get_args(Part)
-        )
-        k_norms, v_norms = (scale.view(torch.float16)[..., 0] for scale in (k_scale, v_scale))
-        return k_packed, k_norms, v_packed, v_norms
+        keys = self.layout.gather(self.pages, slots, "k")
+        return *keys, *self.layout.gather(self.pages, slots, "v")
 
     def gather(
         self, kv_indices: Tensor, length: int, *, k_offset: Tensor | None = None
