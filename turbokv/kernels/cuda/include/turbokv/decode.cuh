@@ -1,0 +1,1252 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fused decode attention over compressed pages: rotate and split the query, attend, combine,
+// un-rotate; one launch.
+//
+// The grid is persistent. A step is one or two tiles (16 tokens each) of one KV head; all steps of
+// all requests and heads form one line, and every CTA takes an equal, contiguous part of it
+// (stream-K, Osama et al., PPoPP 2023). Within a CTA whole steps go to warps in turn: each warp has
+// its own online softmax (Milakov and Gimelshein, arXiv:1805.02867) and its own ring of stages,
+// which it refills itself, so that the loop has no CTA barrier. Where an item (request, KV head,
+// block of query rows) ends, the CTA merges its warps; an item that spans CTAs is finished by the
+// last of them to arrive.
+//
+// Scores are exact in the codes: the query is rotated, scaled by its largest coordinate to 16-bit
+// integers and split in two int8 terms, so that K's levels stay int8. V's levels become fp16 by
+// byte permutes; its scale goes into the probability.
+#ifndef TURBOKV_DECODE_CUH_
+#define TURBOKV_DECODE_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "turbokv/codebook.cuh"
+#include "turbokv/expand.cuh"
+#include "turbokv/paged_kv.cuh"
+#include "turbokv/ptx.cuh"
+#include "turbokv/types.cuh"
+
+namespace turbokv {
+
+/*! \brief Which of the two bodies brings tiles to shared memory. */
+enum class decode_body_t {
+  kAuto,   // bulk copies on sm_90 and up, else asynchronous copies
+  kBulk,   // cp.async.bulk and mbarriers: sm_90 and up
+  kAsync,  // 16-byte cp.async: sm_80 and up
+};
+
+struct decode_options_t {
+  decode_body_t body = decode_body_t::kAuto;
+  int num_ctas = 0;  // 0: one a multiprocessor
+};
+
+/*! \brief Arguments of decode. Strides are in elements. */
+struct decode_params_t {
+  paged_kv_t kv;
+  const void* q;  // [nnz, num_qo_heads, head_dim]
+  int64_t q_stride_n, q_stride_h;
+  dtype_t q_dtype;
+  void* out;  // [nnz, num_qo_heads, head_dim], or padded_dim if rotated_output
+  int64_t out_stride_n, out_stride_h;
+  dtype_t out_dtype;
+  float* lse;  // [nnz, num_qo_heads], base 2; may be null
+  int64_t lse_stride_n;
+  const int32_t* qo_indptr;  // [batch_size + 1]; null: max_q_len rows each
+  int32_t batch_size, num_qo_heads, num_kv_heads, head_dim, max_q_len;
+  float sm_scale, logits_soft_cap;
+  int32_t window_left;
+  bool causal;
+  const float* sinks;             // [num_qo_heads], natural units; may be null
+  const float* k_offset_rotated;  // [num_segments, num_kv_heads, padded_dim]; may be null
+  int32_t num_segments;
+  uint32_t k_signs[16], v_signs[16];  // bit j % 32 of word j / 32: coordinate j is negated
+  codebook_t k_codebook, v_codebook;
+  bool rotated_query, rotated_output;
+  void* workspace;  // zeros before the first call; every call leaves its counters zero
+  int64_t workspace_bytes;
+};
+
+namespace decode_detail {
+
+constexpr int kSegmentsPerPass = 256;  // offsets kept in shared memory at a time
+constexpr int kMaxStages = 8;
+constexpr int kFlushSteps = 4;    // how long the correction of V's offset may wait, see Accumulate
+constexpr int kMaxAligned = 256;  // requests whose items may get whole CTAs
+constexpr int kPending = 8;  // tiles kept in 16 bits that a warp collects before it attends to them
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kNever = -1e30f;               // a running maximum that has seen nothing
+constexpr float kLowestTop = 1.f / (1 << 30);  // below every positive fp16
+constexpr float kWindowGain = 1024.f;
+// Probabilities times V scales are kept below this, well inside fp16 and far from its subnormals.
+constexpr int kTopExponent = 14;
+
+template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, bool BULK>
+struct config_t {
+  static constexpr int kHeadDim = HEAD_DIM, kKBits = K_BITS, kVBits = V_BITS, kColumns = COLUMNS;
+  static constexpr bool kBulk = BULK;
+  using k_t = k_fragment_t<HEAD_DIM, K_BITS, UNIFORM2>;
+  using v_t = v_fragment_t<HEAD_DIM, V_BITS, UNIFORM2>;
+  static constexpr int kTile = TileLayout(HEAD_DIM, K_BITS, V_BITS).bytes;
+  static constexpr int kTiles = 2 * kTile <= 8704 ? 2 : 1;  // tiles a step
+  static constexpr int kStepTokens = kTiles * kTokensPerTile;
+  static constexpr int kStepBytes = kTiles * kTile;
+  // Twelve warps hide latency best, where their registers (168 each) and two stages each suffice.
+  // Devices with asynchronous copies only may have 100 KB of shared memory.
+  static constexpr int kStageRoom =
+      (BULK ? 160 : 80) * 1024 / (2 * kStepBytes);  // warps with two stages
+  static constexpr bool kFewRegisters = (COLUMNS == 16 ? 2 : 1) * HEAD_DIM / 4 <= 32;
+  static constexpr int kWarps = kStageRoom >= 12 && kFewRegisters ? 12 : kStageRoom >= 8 ? 8 : 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kBlocks8 = COLUMNS == 16 ? 2 : 1;  // column blocks of an mma
+  // With four columns the two terms of the query share a column block, else each has its own.
+  static constexpr int kTerms = COLUMNS == 4 ? 1 : 2;
+  static constexpr bool kSumTables = K_BITS == 4 && COLUMNS == 4;
+  static constexpr int kQueryRegs = HEAD_DIM / 16;
+  static constexpr int kOutBlocks = HEAD_DIM / 16;
+  // Outputs that warps merge at a time: more would need more shared memory.
+  static constexpr int kMergeRegs = kBlocks8 * HEAD_DIM / 4 <= 32 ? kBlocks8 * HEAD_DIM / 4 : 32;
+  static constexpr int kPartial = COLUMNS * HEAD_DIM + 2 * COLUMNS;  // floats of a partial result
+
+  static int SharedBytes(int stages, int batch_size, bool centred) {
+    return kWarps * stages * kStepBytes + kWarps * kMergeRegs * 128 + COLUMNS * HEAD_DIM * 6 +
+           (centred ? kSegmentsPerPass * COLUMNS * 4 : 0) + (batch_size + 1) * 4;
+  }
+};
+
+struct request_t {
+  int length, first_row, rows;  // KV tokens; query rows are (token, head in group) pairs
+  int q_len, blocks;            // query tokens; blocks of COLUMNS rows
+  int first_step, steps;        // a window may skip steps
+};
+
+template <class C>
+__device__ __forceinline__ request_t Request(const decode_params_t& p, int b) {
+  request_t r;
+  if (p.kv.kv_lens != nullptr) {
+    r.length = __ldg(p.kv.kv_lens + b);
+  } else {
+    const int pages = __ldg(p.kv.kv_indptr + b + 1) - __ldg(p.kv.kv_indptr + b);
+    r.length = pages > 0 ? (pages - 1) * p.kv.page_size + __ldg(p.kv.kv_last_page_len + b) : 0;
+  }
+  r.length = max(r.length, 0);
+  r.first_row = b * p.max_q_len;
+  r.q_len = p.max_q_len;
+  if (p.qo_indptr != nullptr) {
+    r.first_row = __ldg(p.qo_indptr + b);
+    r.q_len = __ldg(p.qo_indptr + b + 1) - r.first_row;
+  }
+  r.rows = r.q_len * (p.num_qo_heads / p.num_kv_heads);
+  r.blocks = (r.rows + C::kColumns - 1) / C::kColumns;
+  const int begin = p.window_left >= 0 ? max(0, r.length - r.q_len - p.window_left) : 0;
+  r.first_step = begin / C::kStepTokens;
+  // A request without tokens still has one step, which loads nothing, so that its output is
+  // written.
+  r.steps = max(1, (r.length + C::kStepTokens - 1) / C::kStepTokens - r.first_step);
+  return r;
+}
+
+__device__ __forceinline__ float LoadAs(const void* p, int64_t i, dtype_t dtype) {
+  if (dtype == dtype_t::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+  if (dtype == dtype_t::kFloat16) return __half2float(static_cast<const __half*>(p)[i]);
+  return static_cast<const float*>(p)[i];
+}
+
+__device__ __forceinline__ void StoreAs(void* p, int64_t i, dtype_t dtype, float x) {
+  if (dtype == dtype_t::kBFloat16) {
+    static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16(x);
+  } else if (dtype == dtype_t::kFloat16) {
+    static_cast<__half*>(p)[i] = __float2half(x);
+  } else {
+    static_cast<float*>(p)[i] = x;
+  }
+}
+
+/*! \brief Walsh-Hadamard transform of a vector that a warp holds, N consecutive coordinates a lane.
+ */
+template <int N>
+__device__ __forceinline__ void WarpHadamard(float (&x)[N], int lane) {
+#pragma unroll
+  for (int stride = 1; stride < N; stride *= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if ((i & stride) == 0) {
+        const float a = x[i], b = x[i + stride];
+        x[i] = a + b, x[i + stride] = a - b;
+      }
+    }
+  }
+#pragma unroll
+  for (int stride = 1; stride < 32; stride *= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float other = __shfl_xor_sync(~0u, x[i], stride);
+      x[i] = (lane & stride) ? other - x[i] : x[i] + other;
+    }
+  }
+}
+
+__device__ __forceinline__ bool Negated(const uint32_t (&signs)[16], int j) {
+  return (signs[j / 32] >> (j % 32)) & 1;
+}
+
+__device__ __forceinline__ uint32_t PackHalf2(float a, float b) {
+  const __half2 x = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+
+/*! \brief A warp's ring of stages in shared memory. The warp that reads a stage refills it: a slot
+ * read by different warps in turn would need every warp to follow every phase of its barrier. */
+template <class C>
+struct ring_t {
+  uint8_t* stages;
+  uint32_t stages_address, barriers;
+  int* slots;  // [stages, tiles]: where a tile lies in the 16-bit window, or -1
+  int num_stages;
+  int read = 0, parity = 0;
+
+  /*! \brief Start to bring a step. Lane `first + i` knows the source of tile i (null: nothing). */
+  __device__ __forceinline__ void Issue(int stage, const uint8_t* source, int first, int lane) {
+    const uint8_t* from[C::kTiles];
+    int bytes = 0;
+#pragma unroll
+    for (int i = 0; i < C::kTiles; ++i) {
+      from[i] = reinterpret_cast<const uint8_t*>(
+          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(source), first + i));
+      if (from[i] != nullptr) bytes += C::kTile;
+    }
+    const uint32_t to = stages_address + stage * C::kStepBytes;
+    if constexpr (C::kBulk) {
+      if (ptx::ElectOne()) {
+        const uint32_t barrier = barriers + 8 * stage;
+        ptx::BarrierArriveExpect(barrier, bytes);
+#pragma unroll
+        for (int i = 0; i < C::kTiles; ++i) {
+          if (from[i] != nullptr) ptx::BulkCopy(to + i * C::kTile, from[i], C::kTile, barrier);
+        }
+      }
+      __syncwarp();
+    } else {
+#pragma unroll
+      for (int i = 0; i < C::kTiles; ++i) {
+        if (from[i] == nullptr) continue;
+        for (int at = lane * 16; at < C::kTile; at += 512)
+          ptx::AsyncCopy16(to + i * C::kTile + at, from[i] + at);
+      }
+    }
+  }
+
+  __device__ __forceinline__ const uint8_t* Wait() {
+    if constexpr (C::kBulk) {
+      ptx::BarrierWait(barriers + 8 * read, parity);
+    } else {
+      ptx::AsyncWait<1>();
+      __syncwarp();
+    }
+    return stages + read * C::kStepBytes;
+  }
+
+  __device__ __forceinline__ void Advance() {
+    if (++read == num_stages) read = 0, parity ^= 1;
+  }
+};
+
+/*! \brief Online softmax and output of the columns a lane holds: rows of the fragments are tokens
+ * in scores and coordinates in outputs, columns are 2t and 2t + 1 of each block of eight. */
+template <class C>
+struct state_t {
+  static constexpr int kNB = C::kBlocks8;
+  float o[kNB][C::kOutBlocks][4];
+  float correction[kNB][4];  // what the constant in V's operands has added to every output, negated
+  float m[kNB][2], l[kNB][2];
+  float v_top, v_gain;  // outputs count in units where a V scale of v_top is 2^kTopExponent
+
+  __device__ __forceinline__ void Reset() {
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int i = 0; i < C::kOutBlocks; ++i) o[n][i][0] = o[n][i][1] = o[n][i][2] = o[n][i][3] = 0;
+      correction[n][0] = correction[n][1] = correction[n][2] = correction[n][3] = 0;
+      m[n][0] = m[n][1] = kNever;
+      l[n][0] = l[n][1] = 0;
+    }
+    v_top = kLowestTop;
+    v_gain = (1 << kTopExponent) / kLowestTop;
+  }
+
+  /*! \brief Turn scores into probabilities, times V's scales, as B operands: tokens along k. `unit`
+   * turns scores into powers of two. Without V scales (WINDOW) probabilities are multiplied by
+   * kWindowGain. */
+  template <int TILES, bool WINDOW>
+  __device__ __forceinline__ void Softmax(const float (&s)[TILES][kNB][4],
+                                          const float (&v_scale)[TILES][2],
+                                          const float (&unit)[kNB][2],
+                                          uint32_t (&pb)[TILES][kNB][2]) {
+    float top[kNB][2], v_largest = 0;
+    bool grows = false;
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        top[n][x] = fmaxf(s[0][n][x], s[0][n][2 + x]);
+        if constexpr (TILES == 2) top[n][x] = fmaxf(top[n][x], fmaxf(s[1][n][x], s[1][n][2 + x]));
+        grows |= top[n][x] > m[n][x];
+      }
+    }
+    if constexpr (!WINDOW) {
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+        v_largest = fmaxf(v_largest, fmaxf(v_scale[i][0], v_scale[i][1]));
+      grows |= v_largest > v_top;
+    }
+    // Rare after the first steps, so the exact maximum over tokens waits until a lane asks for it.
+    if (__any_sync(~0u, grows)) Rescale<WINDOW>(top, v_largest, unit);
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+      const float c0 = m[n][0] * unit[n][0], c1 = m[n][1] * unit[n][1];
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float p0 = ptx::Exp2(fmaf(s[i][n][2 * half], unit[n][0], -c0));
+          const float p1 = ptx::Exp2(fmaf(s[i][n][2 * half + 1], unit[n][1], -c1));
+          l[n][0] += p0, l[n][1] += p1;
+          const float gain = WINDOW ? kWindowGain : v_scale[i][half] * v_gain;
+          pb[i][n][half] = ptx::Transpose8x8(PackHalf2(p0 * gain, p1 * gain));
+        }
+      }
+    }
+  }
+
+  template <bool WINDOW>
+  __device__ __forceinline__ void Rescale(const float (&top)[kNB][2], float v_largest,
+                                          const float (&unit)[kNB][2]) {
+    float shrink = 1;
+    if constexpr (!WINDOW) {
+#pragma unroll
+      for (int q = 1; q < 32; q *= 2)
+        v_largest = fmaxf(v_largest, __shfl_xor_sync(~0u, v_largest, q));
+      if (v_largest > v_top) {
+        // the next power of two, exactly; dividing by it is exact as well
+        const int ceiling = (__float_as_int(v_largest) & 0x7f800000) + 0x00800000;
+        shrink = v_top * __int_as_float(0x7f000000 - ceiling);
+        v_top = __int_as_float(ceiling);
+        v_gain = (1 << kTopExponent) * __int_as_float(0x7f000000 - ceiling);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        float y = top[n][x];
+#pragma unroll
+        for (int q = 4; q < 32; q *= 2) y = fmaxf(y, __shfl_xor_sync(~0u, y, q));
+        y = fmaxf(m[n][x], y);
+        const float f = ptx::Exp2((m[n][x] - y) * unit[n][x]);
+        m[n][x] = y;
+        l[n][x] *= f;
+        const float fo = f * shrink;
+        correction[n][x] *= fo, correction[n][2 + x] *= fo;
+#pragma unroll
+        for (int i = 0; i < C::kOutBlocks; ++i) o[n][i][x] *= fo, o[n][i][2 + x] *= fo;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Flush() {
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int i = 0; i < C::kOutBlocks; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[n][i][e] += correction[n][e];
+      }
+      correction[n][0] = correction[n][1] = correction[n][2] = correction[n][3] = 0;
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    DecodeKernel(const __grid_constant__ decode_params_t p, const int num_stages) {
+  using K = typename C::k_t;
+  using V = typename C::v_t;
+  constexpr int kHeadDim = C::kHeadDim, kColumns = C::kColumns, kWarps = C::kWarps;
+  constexpr int kNB = C::kBlocks8, kTiles = C::kTiles;
+  constexpr int kScales = C::kTile - 64;  // offset of the 16 pairs of scales in a tile
+  constexpr int kLane = kHeadDim / 32;    // coordinates a lane holds when a warp holds a vector
+
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ __align__(8) uint64_t barriers[kWarps * kMaxStages];
+  __shared__ int slots[kWarps * kMaxStages * kTiles];
+  __shared__ float warp_max[kWarps][kColumns], warp_sum[kWarps][kColumns];
+  __shared__ float row_max[kColumns], row_sum[kColumns];
+  __shared__ float query_scale[kColumns];
+  __shared__ int query_sum[kColumns], see_begin[kColumns],
+      see_end[kColumns];                      // tokens a row may see
+  __shared__ int2 pending[kWarps][kPending];  // slot, first token
+  __shared__ int3 item_limits;  // no row needs masking from .x to .y; no token is there from .z on
+  __shared__ int warp_total[kWarps], cta_prefix[kMaxAligned + 1];
+  __shared__ int is_last;
+
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  uint8_t* cursor = shared;
+  uint8_t* ring_base = cursor;
+  cursor += kWarps * num_stages * C::kStepBytes;
+  float* merge = reinterpret_cast<float*>(cursor);  // [warps, C::kMergeRegs, 32]
+  cursor += kWarps * C::kMergeRegs * 128;
+  // The rotated query while the item runs, the merged output when it ends.
+  float* rows = reinterpret_cast<float*>(cursor);  // [kColumns, kHeadDim]
+  cursor += kColumns * kHeadDim * 4;
+  uint8_t* query = cursor;  // [2 terms, kColumns, kHeadDim], in the order of K's fragments
+  cursor += kColumns * kHeadDim * 2;
+  float* offsets =
+      reinterpret_cast<float*>(cursor);  // [segments, kColumns]: score of the shared part
+  if (p.k_offset_rotated != nullptr) cursor += kSegmentsPerPass * kColumns * 4;
+  int* prefix = reinterpret_cast<int*>(cursor);  // [batch_size + 1], in steps
+
+  const int group = p.num_qo_heads / p.num_kv_heads;
+
+  // --- the line of steps
+  if constexpr (C::kBulk) {
+    if (tid == 0) {
+      for (int i = 0; i < kWarps * num_stages; ++i) {
+        ptx::BarrierInit(ptx::SharedAddress(barriers + i), 1);
+      }
+      ptx::BarrierInitFence();
+    }
+  }
+  // Sum over the threads up to this one; adds the sum over all to `carry`.
+  auto scan = [&](int x, int& carry) {
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+      const int y = __shfl_up_sync(~0u, x, o);
+      if (lane >= o) x += y;
+    }
+    if (lane == 31) warp_total[warp] = x;
+    __syncthreads();
+    int before = carry;
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp) before += warp_total[i];
+      carry += warp_total[i];
+    }
+    __syncthreads();
+    return before + x;
+  };
+  int total = 0;
+  for (int base = 0; base < p.batch_size; base += C::kThreads) {
+    int steps = 0;
+    if (base + tid < p.batch_size) {
+      const request_t r = Request<C>(p, base + tid);
+      steps = r.steps * r.blocks * p.num_kv_heads;
+    }
+    steps = scan(steps, total);
+    if (base + tid < p.batch_size) prefix[base + tid + 1] = steps;
+  }
+  if (tid == 0) prefix[0] = 0;
+
+  // --- this CTA's part of the line
+  const int cta = blockIdx.x, ctas = min(static_cast<int>(gridDim.x), total);
+  auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(total) * i / ctas); };
+  auto owner = [&](int step) {
+    return static_cast<int>((static_cast<int64_t>(step + 1) * ctas - 1) / total);
+  };
+  // If there are fewer items than CTAs, whole CTAs an item may do: then no CTA has to merge twice,
+  // and few have to wait for others. Requests get CTAs by their length, rounded down, unless the
+  // rounding would cost more than a tenth.
+  int item_ctas = 0, first_cta_of_item = 0, begin = 0, end = 0;
+  if (p.batch_size <= kMaxAligned) {
+    int mine = 0, longest = 0, given = 0, items = 0;
+    if (tid < p.batch_size) {
+      const request_t r = Request<C>(p, tid);
+      items = r.blocks * p.num_kv_heads;
+      mine = max(1, static_cast<int>(static_cast<int64_t>(ctas) * r.steps / max(total, 1)));
+      longest = items > 0 ? (r.steps + mine - 1) / mine : 0;
+    }
+    const int last = scan(items * mine, given);
+    if (tid < p.batch_size) cta_prefix[tid + 1] = last;
+    if (tid == 0) cta_prefix[0] = 0;
+    longest = __syncthreads_or(given > ctas || longest > total / max(ctas, 1) * 11 / 10 + 1);
+    if (!longest) {
+      if (cta >= given) return;
+      int b = 0;
+      while (cta_prefix[b + 1] <= cta) ++b;
+      const request_t r = Request<C>(p, b);
+      item_ctas = (cta_prefix[b + 1] - cta_prefix[b]) / (r.blocks * p.num_kv_heads);
+      const int item = (cta - cta_prefix[b]) / item_ctas;
+      first_cta_of_item = cta_prefix[b] + item * item_ctas;
+      const int part = cta - first_cta_of_item, first = prefix[b] + item * r.steps;
+      begin = first + static_cast<int>(static_cast<int64_t>(r.steps) * part / item_ctas);
+      end = first + static_cast<int>(static_cast<int64_t>(r.steps) * (part + 1) / item_ctas);
+    }
+  }
+  if (item_ctas == 0) {
+    if (cta >= ctas) return;
+    begin = share(cta), end = share(cta + 1);
+  }
+  __syncthreads();
+  auto find = [&](int step) {
+    int low = 0, high = p.batch_size;
+    while (high - low > 1) {
+      const int mid = (low + high) >> 1;
+      if (prefix[mid] <= step) {
+        low = mid;
+      } else {
+        high = mid;
+      }
+    }
+    return low;
+  };
+  const int own = end - begin > warp ? (end - begin - warp + kWarps - 1) / kWarps : 0;
+
+  // --- the ring; sources of the next steps are looked up by all lanes at once
+  constexpr int kPerLook = 32 / kTiles;
+  const int tiles_per_page = p.kv.page_size / kTokensPerTile;
+  int next_slot = -1, after_slot = -1;
+  auto look = [&](int chunk, int& slot) -> const uint8_t* {
+    slot = -1;
+    const int i = chunk * kPerLook + lane / kTiles;  // of this warp's steps
+    if (i >= own) return nullptr;
+    const int step = begin + warp + kWarps * i;
+    const int b = find(step);
+    const request_t r = Request<C>(p, b);
+    const int x = step - prefix[b], item = x / r.steps;
+    const int tile = (r.first_step + x - item * r.steps) * kTiles + lane % kTiles;
+    if (tile * kTokensPerTile >= r.length) return nullptr;
+    const int page_of_request = tile / tiles_per_page;
+    const int64_t entry =
+        (p.kv.kv_indptr != nullptr ? __ldg(p.kv.kv_indptr + b) : b * p.kv.table_stride) +
+        page_of_request;
+    const int page = __ldg(p.kv.page_table + entry);
+    const int tile_of_page = tile - page_of_request * tiles_per_page;
+    if (p.kv.tile_slots != nullptr) {
+      slot = __ldg(p.kv.tile_slots + static_cast<int64_t>(page) * tiles_per_page + tile_of_page);
+      if (slot >= 0) return nullptr;  // kept in 16 bits: nothing to bring
+    }
+    return p.kv.pages + page * p.kv.page_stride + item / r.blocks * p.kv.head_stride +
+           static_cast<int64_t>(tile_of_page) * C::kTile;
+  };
+  ring_t<C> ring;
+  ring.stages = ring_base + warp * num_stages * C::kStepBytes;
+  ring.stages_address = ptx::SharedAddress(ring.stages);
+  ring.barriers = ptx::SharedAddress(barriers + warp * num_stages);
+  ring.slots = slots + warp * kMaxStages * kTiles;
+  ring.num_stages = num_stages;
+  const uint8_t* next = look(0, next_slot);
+  const uint8_t* after = look(1, after_slot);
+  unsigned issued = 0;
+  auto issue = [&](int stage) {
+    if (static_cast<int>(issued) < own) {
+      const unsigned first = issued % kPerLook * kTiles;
+      if (p.kv.tile_slots != nullptr && lane - first < kTiles)
+        ring.slots[stage * kTiles + lane - first] = next_slot;
+      ring.Issue(stage, next, first, lane);
+      if (++issued % kPerLook == 0) {
+        next = after, next_slot = after_slot;
+        after = look(issued / kPerLook + 1, after_slot);
+      }
+    }
+    // A group even when nothing is left, so that waiting for all but one means the oldest.
+    if constexpr (!C::kBulk) ptx::AsyncCommit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < num_stages; ++i) issue(i);
+
+  const table_t k_table =
+      MakeTable<C::kKBits, C::kSumTables ? bytes_t::kSignedSum : bytes_t::kSigned>(p.k_codebook);
+  const table_t v_table = MakeTable<C::kVBits, bytes_t::kOffset128>(p.v_codebook);
+  const table_t v_negative = C::kVBits == 5 ? MakeNegativeTable5(p.v_codebook) : table_t{};
+  const float root = rsqrtf(static_cast<float>(kHeadDim));
+  const float k_unit = exp2f(-p.k_codebook.frac_bits) *
+                       (K::kKind == expand_t::kUniform2 ? p.k_codebook.magnitudes[0] : 1);
+  const float v_unit = exp2f(-p.v_codebook.frac_bits) *
+                       (V::kKind == expand_t::kUniform2 ? 2 * p.v_codebook.magnitudes[0] : 1);
+  const bool transformed = p.logits_soft_cap > 0 || p.k_offset_rotated != nullptr;
+
+  int own_step = begin + warp;
+#pragma unroll 1
+  for (int item_begin = begin; item_begin < end;) {
+    const int b = find(item_begin);
+    const request_t r = Request<C>(p, b);
+    const int x0 = item_begin - prefix[b], item = x0 / r.steps, step0 = x0 - item * r.steps;
+    const int head = item / r.blocks, block = item - head * r.blocks;
+    const int item_end = min(end, item_begin + r.steps - step0);
+
+    const int own_position = r.length - r.q_len;
+
+    if (tid == 0) {
+      const int first_position = own_position + block * kColumns / group;
+      const int last_position = own_position + (min((block + 1) * kColumns, r.rows) - 1) / group;
+      item_limits.x = p.window_left >= 0 ? last_position - p.window_left : 0;
+      item_limits.y = p.causal ? min(first_position + 1, r.length) : r.length;
+      item_limits.z = r.length;
+    }
+
+    // --- rotate the query rows of this item: a warp a row
+    for (int c = warp; c < kColumns; c += kWarps) {
+      const int row = block * kColumns + c;
+      float x[kLane];
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) x[i] = 0;
+      if (row < r.rows) {
+        const int64_t at = (r.first_row + row / group) * p.q_stride_n +
+                           static_cast<int64_t>(head * group + row % group) * p.q_stride_h;
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) {
+          const int j = lane * kLane + i;
+          if (j < (p.rotated_query ? kHeadDim : p.head_dim)) x[i] = LoadAs(p.q, at + j, p.q_dtype);
+        }
+        if (!p.rotated_query) {
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) {
+            if (Negated(p.k_signs, lane * kLane + i)) x[i] = -x[i];
+          }
+          WarpHadamard(x, lane);
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) x[i] *= root;
+        }
+      }
+      float largest = 0;
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) largest = fmaxf(largest, fabsf(x[i]));
+#pragma unroll
+      for (int o = 1; o < 32; o *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+      if (!(largest > 0)) largest = 1;
+      constexpr float kTop = 127.f * 256.f;
+      const float inverse = kTop / largest;
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) {
+        const int j = lane * kLane + i, q = __float2int_rn(x[i] * inverse), high = (q + 128) >> 8;
+        const int at = c * kHeadDim + K::QueryByte(j);
+        query[at] = high;
+        query[kColumns * kHeadDim + at] = q - 256 * high;
+        rows[c * kHeadDim + j] = x[i];
+        sum += q;
+      }
+      sum = __reduce_add_sync(~0u, sum);
+      if (lane == 0) {
+        // columns without a row see what the last row sees, so that they never call for masking
+        const int position = own_position + min(row, r.rows - 1) / group;
+        see_begin[c] = p.window_left >= 0 ? position - p.window_left : 0;
+        see_end[c] = p.causal ? min(position + 1, r.length) : r.length;
+        query_sum[c] = sum;
+        query_scale[c] = largest / kTop * p.sm_scale * kLog2E * k_unit;
+      }
+    }
+    __syncthreads();
+
+    // --- the query in fragments: column g of a block, bytes of k in order
+    uint32_t qb[kNB][C::kTerms][C::kQueryRegs];
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int term = 0; term < C::kTerms; ++term) {
+        const int row = kColumns == 4 ? g : term * kColumns + n * 8 + g;
+        const uint4* from =
+            reinterpret_cast<const uint4*>(query + row * kHeadDim + t * (kHeadDim / 4));
+#pragma unroll
+        for (int i = 0; i < C::kQueryRegs / 4; ++i) {
+          const uint4 x = from[i];
+          qb[n][term][4 * i] = x.x, qb[n][term][4 * i + 1] = x.y;
+          qb[n][term][4 * i + 2] = x.z, qb[n][term][4 * i + 3] = x.w;
+        }
+      }
+    }
+    float unit[kNB][2];
+    int sums[kNB][2];
+    auto column = [&](int n, int x) { return (n * 8 + 2 * t + x) & (kColumns - 1); };
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        unit[n][x] = transformed ? 1.f : query_scale[column(n, x)];
+        sums[n][x] = query_sum[column(n, x)];
+      }
+    }
+    const int step_shift = r.first_step + step0 - item_begin;  // from the line to the request
+    state_t<C> state;
+    state.Reset();
+    const float cap = p.logits_soft_cap * kLog2E,
+                inverse_cap = p.logits_soft_cap > 0 ? 2 / p.logits_soft_cap : 0;
+    // Scores in powers of two: offset of the segment, then the soft cap.
+    auto transform = [&](float x, float offset) {
+      x += offset;
+      // tanh(y) = 1 - 2 / (exp(2 y) + 1)
+      if (p.logits_soft_cap > 0) x = cap * (1 - __fdividef(2, ptx::Exp2(x * inverse_cap) + 1));
+      return x;
+    };
+    auto mask = [&](float(&s)[kNB][4], int token, int half) {
+#pragma unroll
+      for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const int c = column(n, x);
+          if (token < see_begin[c] || token >= see_end[c]) s[n][2 * half + x] = -INFINITY;
+        }
+      }
+    };
+
+#pragma unroll 1
+    for (int pass_begin = item_begin; pass_begin < item_end;) {
+      int pass_end = item_end, first_segment = 0;
+      if (p.k_offset_rotated != nullptr) {
+        // --- scores of the offsets of K in this stretch: a warp a segment
+        constexpr int kPass = kSegmentsPerPass * kTokensPerSegment / C::kStepTokens;
+        const int at = r.first_step + step0 + pass_begin - item_begin;
+        pass_end = min(item_end, pass_begin + kPass - at % (kTokensPerSegment / C::kStepTokens));
+        first_segment = at * C::kStepTokens / kTokensPerSegment;
+        const int last_token = (at + pass_end - pass_begin) * C::kStepTokens - 1;
+        const int segments = min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
+        __syncthreads();
+        for (int i = warp; i < segments; i += kWarps) {
+          const float* mu =
+              p.k_offset_rotated +
+              (static_cast<int64_t>(first_segment + i) * p.num_kv_heads + head) * kHeadDim;
+          float x[kLane];
+#pragma unroll
+          for (int k = 0; k < kLane; ++k) x[k] = __ldg(mu + lane + 32 * k);
+          for (int c = 0; c < kColumns; ++c) {
+            float dot = 0;
+#pragma unroll
+            for (int k = 0; k < kLane; ++k)
+              dot = fmaf(x[k], rows[c * kHeadDim + lane + 32 * k], dot);
+#pragma unroll
+            for (int s = 16; s > 0; s /= 2) dot += __shfl_xor_sync(~0u, dot, s);
+            if (lane == 0) offsets[i * kColumns + c] = dot * p.sm_scale * kLog2E;
+          }
+        }
+        __syncthreads();
+      }
+
+#pragma unroll 1
+      while (own_step < pass_end) {
+        int num_pending = 0;
+#pragma unroll 1
+        for (; own_step < pass_end && num_pending <= kPending - kTiles; own_step += kWarps) {
+          const uint8_t* stage = ring.Wait();
+          const int token0 = (own_step + step_shift) * C::kStepTokens;
+          float s[kTiles][kNB][4], v_scale[kTiles][2];
+          uint32_t marks = 0;  // of keys stored uncentred: bit 4 i + half
+
+          // --- scores: S[token, column]; rows g and g + 8, columns 2t and 2t + 1
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const uint8_t* tile = stage + i * C::kTile;
+            int acc[kNB][C::kTerms][4];
+#pragma unroll
+            for (int k = 0; k < K::kSteps; ++k) {
+              uint32_t w[2][K::kWords], h[2][2], a[2][K::kRegs], extra[2][K::kRegs];
+              K::Load(tile, k, g, t, w, h);
+              K::template Expand<C::kSumTables>(w, h, k_table, a, extra);
+#pragma unroll
+              for (int q = 0; q < K::kRegs / 2; ++q) {
+                const int at = k * K::kRegs + 2 * q;
+#pragma unroll
+                for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                  for (int term = 0; term < C::kTerms; ++term) {
+                    const uint32_t b0 = qb[n][term][at], b1 = qb[n][term][at + 1];
+                    if (at == 0) {
+                      ptx::MmaS8First(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
+                                      a[1][2 * q + 1], b0, b1);
+                    } else {
+                      ptx::MmaS8(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
+                                 a[1][2 * q + 1], b0, b1);
+                    }
+                    if constexpr (K::TwoTerms(C::kSumTables)) {
+                      ptx::MmaS8(acc[n][term], extra[0][2 * q], extra[1][2 * q],
+                                 extra[0][2 * q + 1], extra[1][2 * q + 1], b0, b1);
+                    }
+                  }
+                }
+              }
+            }
+            __half2 scales[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              scales[half] = *reinterpret_cast<const __half2*>(tile + kScales + (half * 8 + g) * 4);
+              v_scale[i][half] = __high2float(scales[half]);
+              marks |= (*reinterpret_cast<const uint32_t*>(&scales[half]) >> 15 & 1)
+                       << (4 * i + half);
+            }
+#pragma unroll
+            for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                int dot = acc[n][0][e];
+                if constexpr (kColumns == 4) {
+                  // high terms in columns 0..3, low terms in 4..7: lanes t and t ^ 2 have both
+                  dot = t < 2 ? dot * 256 : dot;
+                  dot += __shfl_xor_sync(~0u, dot, 2);
+                } else {
+                  dot = dot * 256 + acc[n][C::kTerms - 1][e];
+                }
+                if constexpr (K::kKind == expand_t::kUniform2) dot = 2 * dot - 3 * sums[n][e & 1];
+                if constexpr (K::kKind == expand_t::kSignMagnitude5) dot += sums[n][e & 1];
+                s[i][n][e] = static_cast<float>(dot) * fabsf(__low2float(scales[e >> 1]));
+              }
+            }
+          }
+          if (transformed) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              const int segment = (token0 + i * kTokensPerTile) / kTokensPerSegment;
+              const bool centred = p.k_offset_rotated != nullptr && segment < p.num_segments;
+#pragma unroll
+              for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  const int c = column(n, e & 1);
+                  float offset = centred && !((marks >> (4 * i + (e >> 1))) & 1)
+                                     ? offsets[(segment - first_segment) * kColumns + c]
+                                     : 0.f;
+                  s[i][n][e] = transform(s[i][n][e] * query_scale[c], offset);
+                }
+              }
+            }
+          }
+          if (token0 + C::kStepTokens > item_limits.y || token0 < item_limits.x) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const int token = token0 + i * kTokensPerTile + half * 8 + g;
+                mask(s[i], token, half);
+                if (token >= item_limits.z) v_scale[i][half] = 0;  // never written: may be anything
+              }
+            }
+          }
+          if (p.kv.tile_slots != nullptr) {
+            // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              const int slot = ring.slots[ring.read * kTiles + i];
+              if (slot >= 0) {
+                if (lane == 0)
+                  pending[warp][num_pending] = make_int2(slot, token0 + i * kTokensPerTile);
+                ++num_pending;
+                v_scale[i][0] = v_scale[i][1] = 0;
+#pragma unroll
+                for (int n = 0; n < kNB; ++n)
+                  s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = -INFINITY;
+              }
+            }
+          }
+
+          uint32_t pb[kTiles][kNB][2];
+          state.template Softmax<kTiles, false>(s, v_scale, unit, pb);
+
+          // --- O[coordinate, column] += V[coordinate, token] P[token, column]
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) {
+            const uint8_t* v = stage + i * C::kTile + K::kBytes;
+            constexpr uint32_t kConstant =
+                V::kKind == expand_t::kUniform2 ? 0xBE00BE00u : 0xE480E480u;
+            // Levels come with a constant added (1.5 codes, or 1152): the product of its negative
+            // with the same rounded probabilities takes it away again, before it can swamp the sum.
+#pragma unroll
+            for (int n = 0; n < kNB; ++n) {
+              ptx::MmaF16(state.correction[n], kConstant, kConstant, kConstant, kConstant,
+                          pb[i][n][0], pb[i][n][1]);
+            }
+#pragma unroll
+            for (int section = 0; section < V::kSections; ++section) {
+              uint32_t w[V::kWords], h[2];
+              V::Load(v, section, lane, w, h);
+#pragma unroll
+              for (int k = 0; k < V::kBlocks; ++k) {
+                uint32_t a[4];
+                V::Expand(w, h, k, v_table, v_negative, a);
+#pragma unroll
+                for (int n = 0; n < kNB; ++n) {
+                  ptx::MmaF16(state.o[n][section * V::kBlocks + k], a[0], a[1], a[2], a[3],
+                              pb[i][n][0], pb[i][n][1]);
+                }
+              }
+            }
+          }
+          __syncwarp();
+          issue(ring.read);  // the stage just read
+          ring.Advance();
+          if constexpr (V::kKind != expand_t::kUniform2) {
+            if (((own_step / kWarps) & (kFlushSteps - 1)) == 0) state.Flush();
+          }
+        }
+
+        // --- tiles kept in 16 bits: the same with fp16 operands from global memory
+        __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < num_pending; ++i) {
+          const int slot = pending[warp][i].x, token0 = pending[warp][i].y;
+          const __half* window =
+              p.kv.window +
+              (static_cast<int64_t>(slot) * p.num_kv_heads + head) * (2 * kTokensPerTile * kHeadDim);
+          float s[1][kNB][4], none[1][2] = {{0, 0}};
+          // K: lane (g, t) reads coordinates 32 k + 8 t + 0..7 of tokens g and g + 8
+#pragma unroll
+          for (int n = 0; n < kNB; ++n) {
+            float dots[4] = {0, 0, 0, 0};
+            const float* q = rows + ((n * 8 + g) & (kColumns - 1)) * kHeadDim;
+#pragma unroll
+            for (int k = 0; k < kHeadDim / 32; ++k) {
+              const int j = 32 * k + 8 * t;
+              const uint4 x = __ldg(reinterpret_cast<const uint4*>(window + g * kHeadDim + j));
+              const uint4 y =
+                  __ldg(reinterpret_cast<const uint4*>(window + (g + 8) * kHeadDim + j));
+              ptx::MmaF16(dots, x.x, y.x, x.y, y.y, PackHalf2(q[j], q[j + 1]),
+                          PackHalf2(q[j + 2], q[j + 3]));
+              ptx::MmaF16(dots, x.z, y.z, x.w, y.w, PackHalf2(q[j + 4], q[j + 5]),
+                          PackHalf2(q[j + 6], q[j + 7]));
+            }
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const float x = dots[e] * (p.sm_scale * kLog2E);
+              s[0][n][e] = transformed ? transform(x, 0) : __fdividef(x, unit[n][e & 1]);
+            }
+          }
+          mask(s[0], token0 + g, 0);
+          mask(s[0], token0 + g + 8, 1);
+          uint32_t pb[1][kNB][2];
+          state.template Softmax<1, true>(s, none, unit, pb);
+          // V: lane (g, t) reads, of tokens g and g + 8, the coordinates that rows 2t and 2t + 1 of
+          // an operand have; transposing 8x8 blocks makes tokens run along k.
+          const unsigned short* v =
+              reinterpret_cast<const unsigned short*>(window + kTokensPerTile * kHeadDim);
+          const float gain = state.v_gain / (v_unit * kWindowGain);
+          const bool written[2] = {token0 + g < item_limits.z, token0 + g + 8 < item_limits.z};
+#pragma unroll
+          for (int section = 0; section < V::kSections; ++section) {
+#pragma unroll
+            for (int k = 0; k < V::kBlocks; ++k) {
+              uint32_t a[4];
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                const unsigned short* x = v + (g + e / 2 * 8) * kHeadDim;
+                // what was never written may be NaN, which a probability of zero would not stop
+                uint32_t pair = 0;
+                if (written[e / 2]) {
+                  pair =
+                      __ldg(x + V::Coordinate(section, k, e & 1, 2 * t)) |
+                      static_cast<uint32_t>(__ldg(x + V::Coordinate(section, k, e & 1, 2 * t + 1)))
+                          << 16;
+                }
+                a[e] = ptx::Transpose8x8(pair);
+              }
+#pragma unroll
+              for (int n = 0; n < kNB; ++n) {
+                float sum[4] = {0, 0, 0, 0};
+                ptx::MmaF16(sum, a[0], a[1], a[2], a[3], pb[0][n][0], pb[0][n][1]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                  // uniform 2-bit outputs count in field units, see V::Expand
+                  const float field = V::kKind == expand_t::kUniform2
+                                          ? 1.f / (1 << (24 - 2 * (2 * (k % 2) + e / 2)))
+                                          : 1.f;
+                  state.o[n][section * V::kBlocks + k][e] += sum[e] * (gain * field);
+                }
+              }
+            }
+          }
+        }
+        __syncwarp();
+      }
+      pass_begin = pass_end;
+    }
+
+    // --- merge the warps of this CTA
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+#pragma unroll
+        for (int q = 4; q < 32; q *= 2) state.l[n][x] += __shfl_xor_sync(~0u, state.l[n][x], q);
+        state.m[n][x] *= unit[n][x];
+        if (g == 0 && (kColumns > 4 || t < 2)) {
+          warp_max[warp][column(n, x)] = state.m[n][x];
+          warp_sum[warp][column(n, x)] = state.l[n][x];
+        }
+      }
+    }
+    __syncthreads();
+    float factor[kNB][2];
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        float top = warp_max[0][column(n, x)];
+#pragma unroll
+        for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_max[i][column(n, x)]);
+        factor[n][x] = ptx::Exp2(state.m[n][x] - top) * (v_unit / state.v_gain);
+      }
+    }
+    if (tid < kColumns) {
+      float top = warp_max[0][tid], sum = 0;
+      for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_max[i][tid]);
+      for (int i = 0; i < kWarps; ++i) sum += warp_sum[i][tid] * ptx::Exp2(warp_max[i][tid] - top);
+      row_max[tid] = top;
+      row_sum[tid] = sum;
+    }
+    constexpr int kRegs = kNB * C::kOutBlocks * 4;
+#pragma unroll
+    for (int chunk = 0; chunk < kRegs; chunk += C::kMergeRegs) {
+      if (chunk > 0) __syncthreads();
+#pragma unroll
+      for (int q = 0; q < C::kMergeRegs; ++q) {
+        const int n = (chunk + q) / (C::kOutBlocks * 4), i = (chunk + q) / 4 % C::kOutBlocks,
+                  e = q % 4;
+        float x = state.o[n][i][e];
+        if constexpr (V::kKind == expand_t::kUniform2) {
+          x = x * static_cast<float>(1 << (24 - 2 * (2 * (i % 2) + e / 2))) +
+              state.correction[n][e];
+        } else {
+          x += state.correction[n][e];
+        }
+        merge[(warp * C::kMergeRegs + q) * 32 + lane] = x * factor[n][e & 1];
+      }
+      __syncthreads();
+      for (int at = tid; at < C::kMergeRegs * 32; at += C::kThreads) {
+        const int reg = chunk + at / 32, n = reg / (C::kOutBlocks * 4), i = reg / 4 % C::kOutBlocks;
+        const int gg = at % 32 / 4, c = n * 8 + at % 4 * 2 + (reg & 1);
+        if (c < kColumns) {
+          float x = 0;
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) x += merge[w * C::kMergeRegs * 32 + at];
+          rows[c * kHeadDim + V::Coordinate(i / V::kBlocks, i % V::kBlocks, reg >> 1 & 1, gg)] = x;
+        }
+      }
+    }
+    __syncthreads();
+
+    // --- an item that spans CTAs: leave the part in the workspace; the last to arrive combines
+    bool write = true;
+    if (step0 != 0 || item_end - item_begin != r.steps) {
+      int* counters = static_cast<int*>(p.workspace);
+      // Items of all requests, at most max_q_len rows each.
+      const int max_blocks = (p.max_q_len * group + kColumns - 1) / kColumns;
+      const int counter = (b * p.num_kv_heads + head) * max_blocks + block;
+      const int64_t num_counters = static_cast<int64_t>(p.batch_size) * p.num_kv_heads * max_blocks;
+      float* partials = reinterpret_cast<float*>(counters + (num_counters + 63) / 64 * 64);
+      // Of a CTA's items only the first and the last can be parts.
+      float* mine =
+          partials + static_cast<int64_t>(2 * cta + (item_begin == begin ? 0 : 1)) * C::kPartial;
+      for (int at = tid; at < kColumns * kHeadDim / 4; at += C::kThreads) {
+        __stcg(reinterpret_cast<float4*>(mine) + at, reinterpret_cast<const float4*>(rows)[at]);
+      }
+      if (tid < kColumns) {
+        __stcg(mine + kColumns * kHeadDim + tid, row_max[tid]);
+        __stcg(mine + kColumns * kHeadDim + kColumns + tid, row_sum[tid]);
+      }
+      const int line_begin = item_begin - step0;
+      const int first_cta = item_ctas > 0 ? first_cta_of_item : owner(line_begin);
+      const int parts = item_ctas > 0 ? item_ctas : owner(line_begin + r.steps - 1) - first_cta + 1;
+      __threadfence();
+      __syncthreads();
+      if (tid == 0) {
+        const int arrived = atomicAdd(counters + counter, 1);
+        is_last = arrived == parts - 1;
+        if (is_last) counters[counter] = 0;
+        __threadfence();
+      }
+      __syncthreads();
+      write = is_last;
+      if (write) {
+        const int first_part = item_ctas > 0 || share(first_cta) >= line_begin ? 0 : 1;
+        auto part = [&](int i) {
+          return partials + static_cast<int64_t>(2 * (first_cta + i) + (i == 0 ? first_part : 0)) *
+                                C::kPartial;
+        };
+        // Many loads in flight: at small batches their latency is what this costs.
+        constexpr int kAtOnce = 16;
+        for (int at = tid * 4; at < kColumns * kHeadDim; at += C::kThreads * 4) {
+          const int c = at / kHeadDim;
+          float top = -3e38f, sum = 0, x[4] = {0, 0, 0, 0};
+          for (int i0 = 0; i0 < parts; i0 += kAtOnce) {
+            float tops[kAtOnce], sums_of[kAtOnce];
+            float4 xs[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              const bool valid = i0 + i < parts;
+              const float* from = part(valid ? i0 + i : 0);
+              tops[i] = valid ? __ldcg(from + kColumns * kHeadDim + c) : -3e38f;
+              sums_of[i] = valid ? __ldcg(from + kColumns * kHeadDim + kColumns + c) : 0.f;
+              xs[i] = valid ? __ldcg(reinterpret_cast<const float4*>(from + at))
+                            : make_float4(0, 0, 0, 0);
+            }
+            float higher = top;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) higher = fmaxf(higher, tops[i]);
+            const float f = ptx::Exp2(top - higher);
+            sum *= f, x[0] *= f, x[1] *= f, x[2] *= f, x[3] *= f;
+            top = higher;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              const float w = ptx::Exp2(tops[i] - higher);
+              sum += sums_of[i] * w;
+              x[0] += xs[i].x * w, x[1] += xs[i].y * w, x[2] += xs[i].z * w, x[3] += xs[i].w * w;
+            }
+          }
+          *reinterpret_cast<float4*>(rows + at) = make_float4(x[0], x[1], x[2], x[3]);
+          if (at % kHeadDim == 0) row_max[c] = top, row_sum[c] = sum;
+        }
+        __syncthreads();
+      }
+    }
+
+    // --- normalise, un-rotate and write: a warp a row
+    if (write) {
+      for (int c = warp; c < kColumns; c += kWarps) {
+        const int row = block * kColumns + c;
+        if (row >= r.rows) continue;
+        const int qo_head = head * group + row % group;
+        const int64_t token = r.first_row + row / group;
+        float top = row_max[c], sum = row_sum[c], f = 1;
+        if (p.sinks != nullptr) {
+          const float sink = __ldg(p.sinks + qo_head) * kLog2E, higher = fmaxf(top, sink);
+          f = ptx::Exp2(top - higher);
+          sum = sum * f + ptx::Exp2(sink - higher);
+          top = higher;
+        }
+        f = sum > 0 ? f / sum : 0.f;
+        // NaN must not turn into zero
+        if (isnan(sum)) f = sum;
+        float x[kLane];
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) x[i] = rows[c * kHeadDim + lane * kLane + i] * f;
+        if (!p.rotated_output) {
+          WarpHadamard(x, lane);
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) {
+            x[i] *= Negated(p.v_signs, lane * kLane + i) ? -root : root;
+          }
+        }
+        const int64_t at = token * p.out_stride_n + qo_head * p.out_stride_h;
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) {
+          const int j = lane * kLane + i;
+          if (j < (p.rotated_output ? kHeadDim : p.head_dim))
+            StoreAs(p.out, at + j, p.out_dtype, x[i]);
+        }
+        if (p.lse != nullptr && lane == 0) {
+          p.lse[token * p.lse_stride_n + qo_head] = sum > 0      ? top + log2f(sum)
+                                                    : isnan(sum) ? sum
+                                                                 : -INFINITY;
+        }
+      }
+    }
+    __syncthreads();  // the next item reuses rows
+    item_begin = item_end;
+  }
+}
+
+/*! \brief Query rows an item takes at once: more would not fit the registers. */
+constexpr int MaxColumns(int head_dim) { return head_dim <= 128 ? 16 : head_dim == 256 ? 8 : 4; }
+
+inline int Columns(int head_dim, int rows) {
+  const int most = MaxColumns(head_dim);
+  return rows <= 4 || most == 4 ? 4 : rows <= 8 || most == 8 ? 8 : 16;
+}
+
+inline bool IsUniform2(const codebook_t& codebook) {
+  return codebook.magnitudes[1] == 3 * codebook.magnitudes[0];
+}
+
+template <class C>
+cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cudaStream_t stream) {
+  int device = 0, limit = 0, sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return error;
+  const bool centred = p.k_offset_rotated != nullptr;
+  // About 1 KB of static shared memory, 1 KB reserved; asynchronous copies wait for all but one
+  // group.
+  const int room = limit - 6 * 1024 - C::SharedBytes(0, p.batch_size, centred);
+  int stages = room / (C::kWarps * C::kStepBytes);
+  stages = stages > kMaxStages ? kMaxStages : stages;
+  if (!C::kBulk && stages > 2) stages = 2;
+  if (stages < 2) return cudaErrorInvalidConfiguration;
+  const int bytes = C::SharedBytes(stages, p.batch_size, centred);
+  error = cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int grid = options.num_ctas > 0 ? options.num_ctas : sms;
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int64_t blocks = (p.max_q_len * group + C::kColumns - 1) / C::kColumns;
+  const int64_t counters = (p.batch_size * p.num_kv_heads * blocks + 63) / 64 * 64;
+  if (p.workspace_bytes < (counters + static_cast<int64_t>(2) * grid * C::kPartial) * 4) {
+    return cudaErrorInvalidValue;
+  }
+  DecodeKernel<C><<<grid, C::kThreads, bytes, stream>>>(p, stages);
+  return cudaGetLastError();
+}
+
+template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, bool BULK>
+cudaError_t LaunchColumns(const decode_params_t& p, const decode_options_t& options,
+                          cudaStream_t stream) {
+  const int columns = Columns(HEAD_DIM, p.max_q_len * (p.num_qo_heads / p.num_kv_heads));
+  if (columns == 4) {
+    return Launch<config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, 4, BULK>>(p, options, stream);
+  }
+  if constexpr (MaxColumns(HEAD_DIM) >= 8) {
+    if (columns == 8) {
+      return Launch<config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, 8, BULK>>(p, options, stream);
+    }
+  }
+  if constexpr (MaxColumns(HEAD_DIM) >= 16) {
+    return Launch<config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, 16, BULK>>(p, options, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace decode_detail
+
+/*! \brief Bytes of workspace that Decode needs; zeros before the first call. */
+inline int64_t DecodeWorkspaceBytes(int batch_size, int num_qo_heads, int num_kv_heads,
+                                    int head_dim_padded, int max_q_len, int num_ctas) {
+  const int rows = max_q_len * (num_qo_heads / num_kv_heads);
+  const int columns = decode_detail::Columns(head_dim_padded, rows);
+  const int64_t blocks = (rows + columns - 1) / columns;
+  const int64_t counters =
+      (static_cast<int64_t>(batch_size) * num_kv_heads * blocks + 63) / 64 * 64;
+  const int64_t partial = static_cast<int64_t>(columns) * head_dim_padded + 2 * columns;
+  return (counters + 2 * num_ctas * partial) * 4;
+}
+
+/*! \brief Attend to compressed pages: one launch, no allocation, no synchronisation; graph-safe.
+ *
+ *  \tparam HEAD_DIM Coordinates stored: head_dim padded to a power of two, 64 to 512.
+ *  \tparam UNIFORM2 Whether 2-bit codebooks are {m, 3 m}; false takes any, by lookup.
+ *  \return cudaErrorInvalidValue if the workspace is too small, cudaErrorInvalidConfiguration if
+ * the device has too little shared memory, cudaErrorNoKernelImageForDevice for a body that the
+ * device or the build lacks.
+ */
+template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2 = true>
+cudaError_t Decode(const decode_params_t& p, const decode_options_t& options, cudaStream_t stream) {
+  static_assert(HEAD_DIM >= 64 && HEAD_DIM <= 512 && (HEAD_DIM & (HEAD_DIM - 1)) == 0,
+                "head_dim is padded to 64, 128, 256 or 512");
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  if (error != cudaSuccess) return error;
+  // The sums of two bytes that stand for 4-bit levels need room for one more, see MakeTable.
+  if (K_BITS == 4 && p.k_codebook.magnitudes[0] < 2) return cudaErrorInvalidValue;
+  if (p.batch_size == 0 || p.max_q_len == 0) return cudaSuccess;
+  if (options.body == decode_body_t::kBulk && major < 9) return cudaErrorNoKernelImageForDevice;
+  if (options.body != decode_body_t::kAsync && major >= 9) {
+    return decode_detail::LaunchColumns<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, true>(p, options,
+                                                                                  stream);
+  }
+  return decode_detail::LaunchColumns<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, false>(p, options,
+                                                                                 stream);
+}
+
+}  // namespace turbokv
+
+#endif  // TURBOKV_DECODE_CUH_
