@@ -503,29 +503,36 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // --- the ring; sources of the next steps are looked up by all lanes at once
   constexpr int kPerLook = 32 / kTiles;
   const int tiles_per_page = p.kv.page_size / kTokensPerTile;
-  int next_slot = -1, after_slot = -1;
-  auto look = [&](int chunk, int& slot) -> const uint8_t* {
-    slot = -1;
+  // The page of a step comes from the page table and its slot from another table, by its page:
+  // loads whose latencies would add up. So pages are read two looks ahead and slots one.
+  struct place_t {
+    int page = -1;      // -1: there is nothing to read
+    int head_tile = 0;  // head << 20 | tile of the page
+  };
+  auto look = [&](int chunk) {
+    place_t place;
     const int i = chunk * kPerLook + lane / kTiles;  // of this warp's steps
-    if (i >= own) return nullptr;
+    if (i >= own) return place;
     const int step = begin + warp + kWarps * i;
     const int b = find(step);
     const request_t r = Request<C>(p, b);
     const int x = step - prefix[b], item = x / r.steps;
     const int tile = (r.first_step + x - item * r.steps) * kTiles + lane % kTiles;
-    if (tile * kTokensPerTile >= r.length) return nullptr;
+    if (tile * kTokensPerTile >= r.length) return place;
     const int page_of_request = tile / tiles_per_page;
-    const int64_t entry =
-        (p.kv.kv_indptr != nullptr ? __ldg(p.kv.kv_indptr + b) : b * p.kv.table_stride) +
-        page_of_request;
-    const int page = __ldg(p.kv.page_table + entry);
-    const int tile_of_page = tile - page_of_request * tiles_per_page;
-    if (p.kv.tile_slots != nullptr) {
-      slot = __ldg(p.kv.tile_slots + static_cast<int64_t>(page) * tiles_per_page + tile_of_page);
-      if (slot >= 0) return nullptr;  // kept in 16 bits: nothing to bring
-    }
-    return p.kv.pages + page * p.kv.page_stride + item / r.blocks * p.kv.head_stride +
-           static_cast<int64_t>(tile_of_page) * C::kTile;
+    place.page = __ldg(p.kv.page_table + TableEntry(p.kv, b, page_of_request));
+    place.head_tile = item / r.blocks << 20 | (tile - page_of_request * tiles_per_page);
+    return place;
+  };
+  auto slot_of = [&](const place_t& place) {
+    if (p.kv.tile_slots == nullptr || place.page < 0) return -1;
+    return __ldg(p.kv.tile_slots + static_cast<int64_t>(place.page) * tiles_per_page +
+                 (place.head_tile & 0xFFFFF));
+  };
+  auto source_of = [&](const place_t& place, int slot) -> const uint8_t* {
+    if (place.page < 0 || slot >= 0) return nullptr;  // what is kept in 16 bits is not brought
+    return TileAddress(p.kv, place.page, place.head_tile >> 20, place.head_tile & 0xFFFFF,
+                       C::kTile);
   };
   ring_t<C> ring;
   ring.stages = ring_base + warp * num_stages * C::kStepBytes;
@@ -533,18 +540,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ring.barriers = ptx::SharedAddress(barriers + warp * num_stages);
   ring.slots = slots + warp * kMaxStages * kTiles;
   ring.num_stages = num_stages;
-  const uint8_t* next = look(0, next_slot);
-  const uint8_t* after = look(1, after_slot);
+  place_t place = look(0), after = look(1);
+  int slot = slot_of(place), after_slot = -1;
+  const uint8_t* source = source_of(place, slot);
+  place = after, after_slot = slot_of(place), after = look(2);
   unsigned issued = 0;
   auto issue = [&](int stage) {
     if (static_cast<int>(issued) < own) {
       const unsigned first = issued % kPerLook * kTiles;
-      if (p.kv.tile_slots != nullptr && lane - first < kTiles)
-        ring.slots[stage * kTiles + lane - first] = next_slot;
-      ring.Issue(stage, next, first, lane);
+      if (p.kv.tile_slots != nullptr && lane - first < kTiles) {
+        ring.slots[stage * kTiles + lane - first] = slot;
+      }
+      ring.Issue(stage, source, first, lane);
       if (++issued % kPerLook == 0) {
-        next = after, next_slot = after_slot;
-        after = look(issued / kPerLook + 1, after_slot);
+        source = source_of(place, after_slot), slot = after_slot;
+        place = after, after_slot = slot_of(place);
+        after = look(issued / kPerLook + 2);
       }
     }
     // A group even when nothing is left, so that waiting for all but one means the oldest.
@@ -698,23 +709,39 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         pass_end = min(item_end, pass_begin + kPass - at % (kTokensPerSegment / C::kStepTokens));
         first_segment = at * C::kStepTokens / kTokensPerSegment;
         const int last_token = (at + pass_end - pass_begin) * C::kStepTokens - 1;
-        const int segments = min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
+        const int segments =
+            min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
         __syncthreads();
-        for (int i = warp; i < segments; i += kWarps) {
-          const float* mu =
-              p.k_offset_rotated +
-              (static_cast<int64_t>(first_segment + i) * p.num_kv_heads + head) * kHeadDim;
-          float x[kLane];
+        constexpr int kAtOnce = 4;  // segments whose loads are in flight together
+        for (int i0 = warp; i0 < segments; i0 += kWarps * kAtOnce) {
+          float x[kAtOnce][kLane];
 #pragma unroll
-          for (int k = 0; k < kLane; ++k) x[k] = __ldg(mu + lane + 32 * k);
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int segment = first_segment + min(i0 + i * kWarps, segments - 1);
+            const float* mu = p.k_offset_rotated +
+                              (static_cast<int64_t>(segment) * p.num_kv_heads + head) * kHeadDim;
+#pragma unroll
+            for (int k = 0; k < kLane; ++k) x[i][k] = __ldg(mu + lane + 32 * k);
+          }
+#pragma unroll 1
           for (int c = 0; c < kColumns; ++c) {
-            float dot = 0;
+            float dots[kAtOnce];
 #pragma unroll
-            for (int k = 0; k < kLane; ++k)
-              dot = fmaf(x[k], rows[c * kHeadDim + lane + 32 * k], dot);
+            for (int i = 0; i < kAtOnce; ++i) dots[i] = 0;
 #pragma unroll
-            for (int s = 16; s > 0; s /= 2) dot += __shfl_xor_sync(~0u, dot, s);
-            if (lane == 0) offsets[i * kColumns + c] = dot * p.sm_scale * kLog2E;
+            for (int k = 0; k < kLane; ++k) {
+              const float q = rows[c * kHeadDim + lane + 32 * k];
+#pragma unroll
+              for (int i = 0; i < kAtOnce; ++i) dots[i] = fmaf(x[i][k], q, dots[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+              for (int s = 16; s > 0; s /= 2) dots[i] += __shfl_xor_sync(~0u, dots[i], s);
+              if (lane == i && i0 + i * kWarps < segments) {
+                offsets[(i0 + i * kWarps) * kColumns + c] = dots[i] * p.sm_scale * kLog2E;
+              }
+            }
           }
         }
         __syncthreads();
@@ -881,8 +908,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         for (int i = 0; i < num_pending; ++i) {
           const int slot = pending[warp][i].x, token0 = pending[warp][i].y;
           const __half* window =
-              p.kv.window +
-              (static_cast<int64_t>(slot) * p.num_kv_heads + head) * (2 * kTokensPerTile * kHeadDim);
+              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + head) *
+                                (2 * kTokensPerTile * kHeadDim);
           float s[1][kNB][4], none[1][2] = {{0, 0}};
           // K: lane (g, t) reads coordinates 32 k + 8 t + 0..7 of tokens g and g + 8
 #pragma unroll
@@ -911,28 +938,35 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           uint32_t pb[1][kNB][2];
           state.template Softmax<1, true>(s, none, unit, pb);
           // V: lane (g, t) reads, of tokens g and g + 8, the coordinates that rows 2t and 2t + 1 of
-          // an operand have; transposing 8x8 blocks makes tokens run along k.
-          const unsigned short* v =
-              reinterpret_cast<const unsigned short*>(window + kTokensPerTile * kHeadDim);
+          // the operands have, which are neighbours; transposing 8x8 blocks makes tokens run along
+          // k.
           const float gain = state.v_gain / (v_unit * kWindowGain);
-          const bool written[2] = {token0 + g < item_limits.z, token0 + g + 8 < item_limits.z};
 #pragma unroll
           for (int section = 0; section < V::kSections; ++section) {
+            uint32_t words[2][V::kCodes];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const uint4* from = reinterpret_cast<const uint4*>(
+                  window + (kTokensPerTile + half * 8 + g) * kHeadDim +
+                  V::Coordinate(section, 0, 0, 2 * t));
+              // what was never written may be NaN, which a probability of zero would not stop
+              const bool written = token0 + half * 8 + g < item_limits.z;
+#pragma unroll
+              for (int k = 0; k < V::kCodes / 4; ++k) {
+                const uint4 x = written ? __ldg(from + k) : make_uint4(0, 0, 0, 0);
+                words[half][4 * k] = x.x, words[half][4 * k + 1] = x.y;
+                words[half][4 * k + 2] = x.z, words[half][4 * k + 3] = x.w;
+              }
+            }
 #pragma unroll
             for (int k = 0; k < V::kBlocks; ++k) {
               uint32_t a[4];
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                const unsigned short* x = v + (g + e / 2 * 8) * kHeadDim;
-                // what was never written may be NaN, which a probability of zero would not stop
-                uint32_t pair = 0;
-                if (written[e / 2]) {
-                  pair =
-                      __ldg(x + V::Coordinate(section, k, e & 1, 2 * t)) |
-                      static_cast<uint32_t>(__ldg(x + V::Coordinate(section, k, e & 1, 2 * t + 1)))
-                          << 16;
-                }
-                a[e] = ptx::Transpose8x8(pair);
+                const int at = V::Offset(k, e & 1);
+                a[e] = ptx::Transpose8x8(ptx::Permute(words[e / 2][at / 2],
+                                                      words[e / 2][(V::kCodes + at) / 2],
+                                                      at % 2 == 0 ? 0x5410 : 0x7632));
               }
 #pragma unroll
               for (int n = 0; n < kNB; ++n) {
@@ -1237,6 +1271,10 @@ cudaError_t Decode(const decode_params_t& p, const decode_options_t& options, cu
   if (error != cudaSuccess) return error;
   // The sums of two bytes that stand for 4-bit levels need room for one more, see MakeTable.
   if (K_BITS == 4 && p.k_codebook.magnitudes[0] < 2) return cudaErrorInvalidValue;
+  // Heads and tiles of a page share an integer, see place_t.
+  if (p.num_kv_heads >= 1 << 11 || p.kv.page_size / kTokensPerTile >= 1 << 20) {
+    return cudaErrorInvalidValue;
+  }
   if (p.batch_size == 0 || p.max_q_len == 0) return cudaSuccess;
   if (options.body == decode_body_t::kBulk && major < 9) return cudaErrorNoKernelImageForDevice;
   if (options.body != decode_body_t::kAsync && major >= 9) {
