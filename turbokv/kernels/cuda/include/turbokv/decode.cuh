@@ -89,7 +89,8 @@ struct config_t {
   using k_t = k_fragment_t<HEAD_DIM, K_BITS, UNIFORM2>;
   using v_t = v_fragment_t<HEAD_DIM, V_BITS, UNIFORM2>;
   static constexpr int kTile = TileLayout(HEAD_DIM, K_BITS, V_BITS).bytes;
-  static constexpr int kTiles = 2 * kTile <= 8704 ? 2 : 1;  // tiles a step
+  // Tiles a step: as many as keep a step under 9 KB.
+  static constexpr int kTiles = kTile <= 2200 ? 4 : kTile <= 4352 ? 2 : 1;
   static constexpr int kStepTokens = kTiles * kTokensPerTile;
   static constexpr int kStepBytes = kTiles * kTile;
   // Twelve warps hide latency best, where their registers (168 each) and two stages each suffice.
@@ -290,7 +291,10 @@ struct state_t {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         top[n][x] = fmaxf(s[0][n][x], s[0][n][2 + x]);
-        if constexpr (TILES == 2) top[n][x] = fmaxf(top[n][x], fmaxf(s[1][n][x], s[1][n][2 + x]));
+#pragma unroll
+        for (int i = 1; i < TILES; ++i) {
+          top[n][x] = fmaxf(top[n][x], fmaxf(s[i][n][x], s[i][n][2 + x]));
+        }
         grows |= top[n][x] > m[n][x];
       }
     }
@@ -512,7 +516,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   auto look = [&](int chunk) {
     place_t place;
     const int i = chunk * kPerLook + lane / kTiles;  // of this warp's steps
-    if (i >= own) return place;
+    if (lane >= kPerLook * kTiles || i >= own) return place;
     const int step = begin + warp + kWarps * i;
     const int b = find(step);
     const request_t r = Request<C>(p, b);
@@ -704,10 +708,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       int pass_end = item_end, first_segment = 0;
       if (p.k_offset_rotated != nullptr) {
         // --- scores of the offsets of K in this stretch: a warp a segment
-        constexpr int kPass = kSegmentsPerPass * kTokensPerSegment / C::kStepTokens;
         const int at = r.first_step + step0 + pass_begin - item_begin;
-        pass_end = min(item_end, pass_begin + kPass - at % (kTokensPerSegment / C::kStepTokens));
         first_segment = at * C::kStepTokens / kTokensPerSegment;
+        const int64_t segments_end =
+            static_cast<int64_t>(first_segment + kSegmentsPerPass) * kTokensPerSegment;
+        pass_end = min(item_end, pass_begin + static_cast<int>(segments_end / C::kStepTokens) - at);
         const int last_token = (at + pass_end - pass_begin) * C::kStepTokens - 1;
         const int segments =
             min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
