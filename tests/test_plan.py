@@ -268,6 +268,12 @@ def test_heads_of_two_sizes_are_left_alone() -> None:
     assert any("different sizes" in note for note in found.notes)
 
 
+def test_small_heads_are_left_alone() -> None:
+    found = plan({**LLAMA_8B, "head_dim": 32})
+    assert any("32 or less" in note for note in found.notes)
+    assert [row.name for row in found.rows] == ["bf16", "fp8"]
+
+
 def test_longest_sequence_is_the_last_that_fits() -> None:
     for config in (LLAMA_8B, GEMMA3_4B, QWEN3_NEXT_80B):
         found = plan(config, gpu_memory=240)

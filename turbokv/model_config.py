@@ -101,8 +101,8 @@ class LayerGroup:
 
     @property
     def is_compressible(self) -> bool:
-        """Whether TurboKV has pages for it: full attention, K and V of one size."""
-        return self.kind == "full" and self.k_dim == self.v_dim
+        """Whether TurboKV has pages for it: full attention, K and V of one size above 32."""
+        return self.kind == "full" and self.k_dim == self.v_dim and self.k_dim > 32
 
 
 @dataclass(frozen=True)

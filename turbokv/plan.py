@@ -212,7 +212,7 @@ def _notes(
     if "sliding" in kinds:
         yield "sliding-window layers hold at most their window, and TurboKV leaves them in 16 bits"
     if any(group.kind == "full" and not group.is_compressible for group in groups):
-        yield "TurboKV has no pages for keys and values of different sizes"
+        yield "no TurboKV pages for heads of 32 or less, nor for keys and values of different sizes"
     if kinds <= {"sliding", "linear"}:
         yield "no layer's cache grows with the context: TurboKV has nothing to compress"
     if "linear" in kinds:
