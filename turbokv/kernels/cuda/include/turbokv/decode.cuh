@@ -927,10 +927,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
               const uint4 x = __ldg(reinterpret_cast<const uint4*>(window + g * kHeadDim + j));
               const uint4 y =
                   __ldg(reinterpret_cast<const uint4*>(window + (g + 8) * kHeadDim + j));
-              ptx::MmaF16(dots, x.x, y.x, x.y, y.y, PackHalf2(q[j], q[j + 1]),
-                          PackHalf2(q[j + 2], q[j + 3]));
-              ptx::MmaF16(dots, x.z, y.z, x.w, y.w, PackHalf2(q[j + 4], q[j + 5]),
-                          PackHalf2(q[j + 6], q[j + 7]));
+              // the query in two fp16 terms, or its rounding would be the largest error of all
+              uint32_t high[4], low[4];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const __half2 h = __floats2half2_rn(q[j + 2 * i], q[j + 2 * i + 1]);
+                high[i] = *reinterpret_cast<const uint32_t*>(&h);
+                low[i] =
+                    PackHalf2(q[j + 2 * i] - __low2float(h), q[j + 2 * i + 1] - __high2float(h));
+              }
+              ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
+              ptx::MmaF16(dots, x.z, y.z, x.w, y.w, high[2], high[3]);
+              ptx::MmaF16(dots, x.x, y.x, x.y, y.y, low[0], low[1]);
+              ptx::MmaF16(dots, x.z, y.z, x.w, y.w, low[2], low[3]);
             }
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
