@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -177,11 +178,14 @@ def evaluate(
         str | None,
         typer.Option(help="Text to centre keys with; default the far end of --text."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=128, help="Tokens of text.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=128, help="Tokens of a passage.")] = 1024,
+    passages: Annotated[
+        int, typer.Option(min=1, help="Separate passages, spread evenly over the text.")
+    ] = 4,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 64,
-    presets: Annotated[str, typer.Option(help="Comma list such as k5v3+w+centred; all; none.")] = (
-        "all"
-    ),
+    presets: Annotated[
+        str, typer.Option(help="Comma list such as k5v3+w+centred; short; all; none.")
+    ] = "short",
     rivals: Annotated[str, typer.Option(help="Comma list of vLLM's caches; all; none.")] = "all",
     window: WindowOption = 128,
     sinks: SinksOption = 4,
@@ -201,20 +205,24 @@ def evaluate(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Score presets and vLLM's caches on a text against full precision, in one run."""
+    """Score presets and vLLM's caches on a text against full precision, in one run.
+
+    Figures are means over the scored tokens of all passages, with one standard error over passages.
+    """
     loaded = _load(model, dtype, device, threads)
     from turbokv.integrations.transformers import evaluate as ev
     from turbokv.integrations.transformers.calibrate import calibrate as measure
 
-    ours, theirs = _names(presets, ev.PRESETS), _names(rivals, ev.RIVALS)
+    ours = list(ev.SHORT_PRESETS) if presets == "short" else _names(presets, ev.PRESETS)
+    theirs = _names(rivals, ev.RIVALS)
     unknown = sorted(set(theirs) - set(ev.RIVALS))
     if unknown:
         raise ValueError(f"rivals: wanted some of {list(ev.RIVALS)}, got {unknown}")
     wanted = {ev.Preset.parse(name, window, sinks).calibration for name in ours}
     own_text = ev.read_text(text)
     reserve = 4096 if "centred" in wanted and calibration is None and not calibration_text else 0
-    ids, held_out = ev.split_text(loaded.tokenizer, own_text, tokens, reserve)
-    ids = ids.to(loaded.device)
+    sample = ev.sample_text(loaded.tokenizer, own_text, tokens, passages, reserve)
+    held_out = sample.held_out
     calibrations: dict[str, Any] = {}
     with _progress() as progress:
         task = progress.add_task("calibrating")
@@ -233,7 +241,7 @@ def evaluate(
             calibrations["random"] = measure(loaded.model, tokens=4096, name=loaded.name)
         rows = ev.score_table(
             loaded.model,
-            ids,
+            sample.ids.to(loaded.device),
             [*theirs, *ours],
             calibrations,
             chunk=chunk,
@@ -255,7 +263,7 @@ def evaluate(
                 progress=lambda what: progress.update(task, description=what),
             )
     title = (
-        f"{loaded.name}, {text}, {tokens} tokens in chunks of {chunk}, first position"
+        f"{loaded.name}, {text}, {passages} x {tokens} tokens in chunks of {chunk}, first position"
         f" {first_position}, window {window}, sinks {sinks}, {dtype} on {device}"
     )
     if plot is not None:
@@ -269,13 +277,15 @@ def evaluate(
         _print_json(
             {
                 "title": title,
+                "starts": sample.starts,
                 "rows": [dataclasses.asdict(row) for row in rows],
                 "needle": [dataclasses.asdict(cell) for cell in cells],
             }
         )
         return
-    table = Table(title=title)
-    # in a narrow terminal names fold; a figure is never cut
+    spread = "± one standard error over passages" if passages > 1 else "one passage: spread unknown"
+    # in a narrow terminal names fold; a figure is never cut, hence no room for frames
+    table = Table(title=title, caption=spread, box=SIMPLE_HEAD, padding=0)
     table.add_column("cache", overflow="fold")
     for heading in ("bits", "KL", "x fp8", "x int4", "1-TV", "top-1", "ppl"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -283,9 +293,9 @@ def evaluate(
         table.add_row(
             f"[dim]{row.name}[/dim]" if row.rival else row.name,
             f"{row.bits:.2f}",
-            f"{row.kl:.5f}",
-            "" if row.kl_over_fp8 is None else f"{row.kl_over_fp8:.2f}",
-            "" if row.kl_over_int4 is None else f"{row.kl_over_int4:.2f}",
+            _with_error(row.kl, row.kl_error, 5),
+            _with_error(row.kl_over_fp8, row.kl_over_fp8_error, 2),
+            _with_error(row.kl_over_int4, row.kl_over_int4_error, 2),
             f"{row.one_minus_tv:.4f}",
             f"{row.top1:.4f}",
             f"{row.perplexity_ratio:.4f}",
@@ -295,6 +305,12 @@ def evaluate(
         console.print(_needle_table(cells))
     if plot is not None:
         console.print(f"plot written to {plot}")
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + ("" if error is None else f"±{error:.{digits}f}")
 
 
 def _needle_table(cells: list[Any]) -> Table:

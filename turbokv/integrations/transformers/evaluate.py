@@ -18,7 +18,14 @@ from turbokv.codec import TurboKVCodec
 from turbokv.integrations.transformers.baselines import BASELINES
 from turbokv.integrations.transformers.cache import DEFAULT_SINKS, DEFAULT_WINDOW, TurboKVCache
 from turbokv.integrations.transformers.models import english_text
-from turbokv.integrations.transformers.quality import CacheFactory, compare, simulated_cache
+from turbokv.integrations.transformers.quality import (
+    CacheFactory,
+    Divergence,
+    compare,
+    pool,
+    ratio_of_means,
+    simulated_cache,
+)
 
 CALIBRATIONS = ("none", "centred", "random")
 PRESETS = (
@@ -41,6 +48,19 @@ PRESETS = (
     "k3v2+w",
     "k3v2+w+centred",
     "k2v2+w",
+    "k2v2+w+centred",
+)
+# Scored unless others are asked for: all of them are too slow for several passages on a CPU.
+SHORT_PRESETS = (
+    "k8v4+w",
+    "k5v4+w",
+    "k4v4",
+    "k4v4+w",
+    "k4v4+w+random",
+    "k4v4+w+centred",
+    "k5v3+w",
+    "k5v3+w+centred",
+    "k3v3+w+centred",
     "k2v2+w+centred",
 )
 RIVALS = tuple(BASELINES)
@@ -101,7 +121,19 @@ class Preset:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table: means over the scored tokens of all passages.
+
+    Attributes
+    ----------
+    bits
+        Stored bits per number, scales included.
+    kl_over_fp8, kl_over_int4
+        KL over that of the rival in the same run; None without it.
+    kl_error, kl_over_fp8_error, kl_over_int4_error
+        Standard errors over passages; None for one passage, and without the rival.
+    passages
+        The figures of each passage, in the order of the text.
+    """
 
     name: str
     rival: bool
@@ -112,6 +144,10 @@ class Row:
     perplexity_ratio: float
     kl_over_fp8: float | None
     kl_over_int4: float | None
+    kl_error: float | None
+    kl_over_fp8_error: float | None
+    kl_over_int4_error: float | None
+    passages: tuple[Divergence, ...]
 
 
 def head_dim_of(model: Any) -> int:
@@ -168,7 +204,16 @@ def score_table(
     first_position: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Score presets and rivals on one text, all in one run (see :func:`quality.compare`)."""
+    """Score presets and rivals on the same passages, all in one run.
+
+    Parameters
+    ----------
+    ids
+        int64 ``[passages, tokens]``. Each passage is a text of its own: it starts with empty caches
+        (see :func:`quality.compare`).
+    """
+    if ids.ndim != 2 or not ids.shape[0]:
+        raise ValueError(f"ids: wanted shape [passages, tokens], got {list(ids.shape)}")
     head_dim = head_dim_of(model)
     factories = {
         name: factory_for(
@@ -176,29 +221,51 @@ def score_table(
         )
         for name in names
     }
-    scores = compare(
-        model, ids, factories, chunk=chunk, first_position=first_position, progress=progress
-    )
-    fp8, int4 = scores.get("fp8"), scores.get("int4_per_token_head")
+    scores: dict[str, list[Divergence]] = {name: [] for name in factories}
+    # one after the other: together they would need the memory of all their caches at once
+    for number in range(ids.shape[0]):
+        where = f"passage {number + 1} of {ids.shape[0]}: "
+
+        def report(what: str, where: str = where) -> None:
+            if progress is not None:
+                progress(where + what)
+
+        passage = ids[number : number + 1]
+        for name, score in compare(
+            model, passage, factories, chunk=chunk, first_position=first_position, progress=report
+        ).items():
+            scores[name].append(score)
     rows = []
-    for name, score in scores.items():
+    for name, passages in scores.items():
         rival = name in BASELINES
         bits = (
             BASELINES[name].bits_per_number(head_dim)
             if rival
             else Preset.parse(name, window, sinks).bits_per_number(head_dim)
         )
+        kls = [passage.kl for passage in passages]
+        over = {
+            other: ratio_of_means(kls, [passage.kl for passage in scores[other]])
+            if other in scores
+            else (None, None)
+            for other in ("fp8", "int4_per_token_head")
+        }
+        whole = pool(passages)
         rows.append(
             Row(
-                name,
-                rival,
-                bits,
-                score.kl,
-                score.one_minus_tv,
-                score.top1,
-                score.perplexity_ratio,
-                score.kl / fp8.kl if fp8 else None,
-                score.kl / int4.kl if int4 else None,
+                name=name,
+                rival=rival,
+                bits=bits,
+                kl=whole.kl,
+                one_minus_tv=whole.one_minus_tv,
+                top1=whole.top1,
+                perplexity_ratio=whole.perplexity_ratio,
+                kl_over_fp8=over["fp8"][0],
+                kl_over_int4=over["int4_per_token_head"][0],
+                kl_error=ratio_of_means(kls)[1],
+                kl_over_fp8_error=over["fp8"][1],
+                kl_over_int4_error=over["int4_per_token_head"][1],
+                passages=tuple(passages),
             )
         )
     return rows
@@ -223,25 +290,71 @@ def read_text(name: str) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def split_text(
-    tokenizer: Any, text: str, tokens: int, calibration_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Tokenise a text into a scored part and a disjoint part to calibrate on.
+def passage_starts(length: int, tokens: int, passages: int, reserve: int = 0) -> list[int]:
+    """Return where passages start: each in the middle of one of the equal parts of a text.
 
-    Returns
-    -------
-    tuple
-        int64 ``[1, tokens]`` from the middle of the text, and ``[1, calibration_tokens]`` from its
-        end.
+    Parameters
+    ----------
+    length
+        Tokens of the text.
+    tokens
+        Tokens of a passage.
+    passages
+        How many. They never overlap: shared tokens would make their spread look too small.
+    reserve
+        Tokens at the end of the text that no passage may touch.
+
+    Raises
+    ------
+    ValueError
+        If the text is too short.
+    """
+    if tokens < 1 or passages < 1:
+        raise ValueError(f"passages: wanted at least 1 of 1 token, got {passages} of {tokens}")
+    slack = length - reserve - passages * tokens
+    if slack < 0:
+        raise ValueError(
+            f"text: wanted at least {passages * tokens + reserve} tokens ({passages} separate"
+            f" passages of {tokens} to score, {reserve} to calibrate on), got {length}: enough for"
+            f" {max(0, length - reserve) // tokens} passages"
+        )
+    return [i * tokens + slack * (2 * i + 1) // (2 * passages) for i in range(passages)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What to score of a text, and what to calibrate on.
+
+    Attributes
+    ----------
+    ids
+        int64 ``[passages, tokens]``.
+    starts
+        Where each passage starts in the tokenised text.
+    held_out
+        int64 ``[1, calibration_tokens]`` from the end of the text, disjoint from every passage.
+    """
+
+    ids: Tensor
+    starts: tuple[int, ...]
+    held_out: Tensor
+
+
+def sample_text(
+    tokenizer: Any, text: str, tokens: int, passages: int, calibration_tokens: int = 0
+) -> Sample:
+    """Tokenise a text; take passages spread over it, and what follows them to calibrate on.
+
+    Raises
+    ------
+    ValueError
+        If the text is too short for that many separate passages and the part to calibrate on.
     """
     ids = tokenizer(text, return_tensors="pt").input_ids
-    if ids.shape[1] < tokens + calibration_tokens:
-        raise ValueError(
-            f"text: wanted at least {tokens + calibration_tokens} tokens"
-            f" (scored and to calibrate on), got {ids.shape[1]}"
-        )
-    start = (ids.shape[1] - tokens - calibration_tokens) // 2
-    return ids[:, start : start + tokens], ids[:, ids.shape[1] - calibration_tokens :]
+    length = ids.shape[1]
+    starts = passage_starts(length, tokens, passages, calibration_tokens)
+    scored = torch.cat([ids[:, start : start + tokens] for start in starts])
+    return Sample(scored, tuple(starts), ids[:, length - calibration_tokens :])
 
 
 # --- needle ---------------------------------------------------------------------------------------

@@ -4,12 +4,16 @@
 The text is fed in chunks. Within a chunk the new keys and values are exact; the past is what the
 cache hands back. Logits are compared with those of the same chunks over an uncompressed cache,
 token by token, from the second chunk on.
+
+One passage of a text is a small sample: between passages of a thousand tokens the ratio of two
+caches' divergences has a standard deviation of 6 to 25%. Several passages, each a text of its own
+that starts with empty caches, give the mean over all their tokens and its standard error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,6 +86,52 @@ class Divergence:
     def to_dict(self) -> dict[str, float]:
         """Return the figures by name."""
         return asdict(self)
+
+
+def pool(passages: Sequence[Divergence]) -> Divergence:
+    """Return the divergence over all tokens of all passages."""
+    scored = sum(p.tokens for p in passages)
+    # the last token of a passage has no next token to score
+    labelled = scored - len(passages)
+    lost = sum((p.tokens - 1) * math.log(p.perplexity_ratio) for p in passages)
+    return Divergence(
+        kl=sum(p.tokens * p.kl for p in passages) / scored,
+        one_minus_tv=sum(p.tokens * p.one_minus_tv for p in passages) / scored,
+        top1=sum(p.tokens * p.top1 for p in passages) / scored,
+        perplexity_ratio=math.exp(lost / labelled),
+        tokens=scored,
+    )
+
+
+def ratio_of_means(
+    above: Sequence[float], below: Sequence[float] | None = None
+) -> tuple[float, float | None]:
+    """Divide the means of two figures of the same passages, of equal length.
+
+    Parameters
+    ----------
+    above, below
+        One figure a passage, in the same order. Without ``below``, of the mean of ``above`` itself.
+
+    Returns
+    -------
+    tuple
+        The ratio, and its standard error over passages: to first order, as of a ratio estimator,
+        so that what makes a passage hard for both cancels. None for one passage, which tells
+        nothing about spread.
+    """
+    below = [1.0] * len(above) if below is None else below
+    if not above or len(above) != len(below):
+        raise ValueError(
+            f"below: wanted one figure for each of at least one passage, got {len(above)} and"
+            f" {len(below)}"
+        )
+    count = len(above)
+    ratio = sum(above) / sum(below)
+    if count == 1:
+        return ratio, None
+    squares = sum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
+    return ratio, math.sqrt(squares * count / (count - 1)) / sum(below)
 
 
 def _chunks(
