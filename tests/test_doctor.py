@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,8 @@ from rich.console import Console
 
 from turbokv import doctor
 from turbokv.doctor import Check, diagnose, render
+from turbokv.kernels import cuda
+from turbokv.kernels.cuda import library
 
 Pretend = Callable[[dict[str, str]], None]
 
@@ -170,6 +173,40 @@ def test_toolkit_of_another_cuda_is_a_warning(monkeypatch: pytest.MonkeyPatch) -
     assert doctor._check_nvcc().status == "warn"
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert doctor._check_nvcc().status == "ok"
+
+
+def test_kernels_that_are_not_built_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "absent.so")
+    found = doctor._check_extension()
+    assert found.status == "missing"
+    assert "not built" in found.detail and "python -m turbokv.kernels.cuda" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("is_current", "reason", "status", "words"),
+    [
+        (True, None, "ok", "CUDA 13.0, 1 variants, sm_80 sm_90a"),
+        (True, "PyTorch sees no CUDA device", "warn", "sees no CUDA device"),
+        (False, None, "warn", "from other headers"),
+    ],
+)
+def test_built_kernels_say_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+    is_current: bool,
+    reason: str | None,
+    status: str,
+    words: str,
+) -> None:
+    built = SimpleNamespace(
+        archs=("80", "90a"), cuda="13.0", variants={"one"}, is_current=is_current
+    )
+    monkeypatch.setattr(library, "load", lambda: built)
+    monkeypatch.setattr(cuda, "why_unavailable", lambda device: reason)
+    found = doctor._check_extension()
+    assert found.status == status
+    assert words in found.detail
 
 
 def test_commands_that_fail_are_silent() -> None:

@@ -148,14 +148,16 @@ def test_triton_by_name_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert batch.kv_indptr.tolist() == [POISON] * 2
 
 
-def test_a_cuda_codec_leaves_auto_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    from turbokv import page_metadata
+def test_cuda_comes_first_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from turbokv.kernels import cuda
 
+    ran: list[object] = []
     monkeypatch.setattr(kernels, "resolve_backend", lambda *a: "cuda")
-    monkeypatch.setattr(kernels, "why_unavailable", lambda *a: None)
-    assert page_metadata._choose("auto", torch.device("cuda")) == "triton"
-    with pytest.raises(BackendUnavailableError, match="no CUDA kernel"):
-        page_metadata._choose("cuda", torch.device("cuda"))
+    monkeypatch.setattr(cuda, "page_metadata", lambda *a: ran.append(a))
+    batch = make_batch([3], 3, 4)
+    batch.run("auto")
+    assert len(ran) == 1
+    assert batch.kv_indptr.tolist() == [POISON] * 2
 
 
 INT = torch.int32

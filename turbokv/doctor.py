@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from turbokv import kernels
+from turbokv.kernels.cuda import build, library
 
 Status = Literal["ok", "warn", "missing"]
 
@@ -175,9 +176,7 @@ def _check_compiler(compiler: str | None) -> Check:
 
 
 def _check_nvcc() -> Check:
-    home = os.environ.get("CUDA_HOME")
-    inside = os.path.join(home, "bin", "nvcc") if home else None
-    path = inside if inside and os.path.exists(inside) else shutil.which("nvcc")
+    path = build.find_nvcc()
     release = re.search(r"release ([\d.]+)", (_run([path, "--version"]) or "") if path else "")
     if path is None or release is None:
         detail = "not found" if path is None else f"{path} does not say its version"
@@ -217,10 +216,19 @@ def _check_engine(name: str, module: str, *distributions: str) -> Check:
 
 
 def _check_extension() -> Check:
-    reason = kernels.why_unavailable("cuda", "cuda")
-    if reason is None:
-        return Check("TurboKV CUDA kernels", "ok", "built")
-    return Check("TurboKV CUDA kernels", "missing", reason, "Triton or PyTorch runs in their place")
+    name = "TurboKV CUDA kernels"
+    try:
+        found = library.load()
+    except kernels.BackendUnavailableError as error:
+        return Check(name, "missing", str(error), "Triton or PyTorch runs in their place")
+    archs = " ".join(f"sm_{arch}" for arch in found.archs)
+    detail = f"built with CUDA {found.cuda}, {len(found.variants)} variants, {archs}"
+    if not found.is_current:
+        return Check(name, "warn", f"{detail}, from other headers", library.REMEDY)
+    reason = kernels.why_unavailable("cuda", "cuda", "pages")
+    if reason is not None:
+        return Check(name, "warn", f"{detail}; {reason}", "Triton or PyTorch runs in their place")
+    return Check(name, "ok", detail)
 
 
 def _check_backends() -> Iterator[Check]:

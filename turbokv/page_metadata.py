@@ -48,8 +48,8 @@ def compute_page_metadata(
         Output ``[batch_size]``: tokens in the last page, ``page_size`` if it is exactly full, 0 for
         a request without pages.
     backend
-        ``auto``, ``triton`` or ``torch`` (:func:`turbokv.kernels.resolve_backend`). ``auto`` is
-        Triton on the GPU and PyTorch on the CPU. There is no CUDA kernel for this step.
+        ``auto``, ``cuda``, ``triton`` or ``torch`` (:func:`turbokv.kernels.resolve_backend`).
+        ``auto`` is CUDA, else Triton, on the GPU, and PyTorch on the CPU.
 
     Raises
     ------
@@ -61,9 +61,9 @@ def compute_page_metadata(
     Notes
     -----
     All tensors are int32, on one device, contiguous but for ``block_table``'s rows, and outputs do
-    not overlap inputs. Triton neither allocates nor synchronises and may be captured in a CUDA
-    graph; replays read the lengths and the table of that moment. ``backend="torch"`` on the GPU
-    allocates and synchronises.
+    not overlap inputs. CUDA and Triton neither allocate nor synchronise and may be captured in a
+    CUDA graph; replays read the lengths and the table of that moment. ``backend="torch"`` on the
+    GPU allocates and synchronises.
 
     Examples
     --------
@@ -76,24 +76,17 @@ def compute_page_metadata(
     """
     _check(seq_lens, block_table, page_size, kv_indptr, kv_indices, kv_last_page_len)
     arguments = (seq_lens, block_table, page_size, kv_indptr, kv_indices, kv_last_page_len)
-    if _choose(backend, seq_lens.device) == "triton":
+    chosen = kernels.resolve_backend(backend, seq_lens.device, "pages")
+    if chosen == "cuda":
+        from turbokv.kernels import cuda
+
+        cuda.page_metadata(*arguments)
+    elif chosen == "triton":
         from turbokv.kernels import triton_page_metadata
 
         triton_page_metadata.page_metadata(*arguments)
     else:
         _page_metadata(*arguments)
-
-
-def _choose(backend: kernels.Backend, device: torch.device) -> kernels.Backend:
-    chosen = kernels.resolve_backend(backend, device)
-    if chosen != "cuda":
-        return chosen
-    if backend == "cuda":
-        raise kernels.BackendUnavailableError(
-            "backend='cuda' cannot run: page metadata has no CUDA kernel, only Triton's"
-        )
-    unavailable = kernels.why_unavailable("triton", device)
-    return "triton" if unavailable is None else "torch"
 
 
 def _page_metadata(

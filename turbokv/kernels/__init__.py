@@ -3,6 +3,9 @@
 
 ``auto`` takes the first backend that can run on the tensors' device. A backend asked for by name
 runs or raises :class:`BackendUnavailableError`; nothing falls back behind the caller's back.
+
+The CUDA kernels work on pages: store, decompress, decode, and page tables
+(:mod:`turbokv.kernels.cuda`). The flat codec has Triton kernels and no others on the GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from torch import Tensor
 from turbokv import core
 
 Backend = Literal["auto", "cuda", "triton", "torch"]
+# What is to run: the flat codec (compress, decompress), or something on pages.
+Operation = Literal["codec", "pages"]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -43,7 +48,9 @@ def triton_is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_unavailable(backend: Backend, device: torch.device | str) -> str | None:
+def why_unavailable(
+    backend: Backend, device: torch.device | str, operation: Operation = "codec"
+) -> str | None:
     """Return why ``backend`` cannot run on ``device``, or None if it can.
 
     Parameters
@@ -52,10 +59,20 @@ def why_unavailable(backend: Backend, device: torch.device | str) -> str | None:
         ``cuda``, ``triton`` or ``torch`` (``auto`` always runs).
     device
         Where the tensors are.
+    operation
+        ``codec``, or ``pages``: what the CUDA kernels cover.
     """
     device = torch.device(device)
     if backend == "cuda":
-        return "TurboKV's CUDA kernels are not part of this build"
+        from turbokv.kernels import cuda
+
+        reason = cuda.why_unavailable(device)
+        if reason is None and operation == "codec":
+            return (
+                "TurboKV's CUDA kernels cover store, decompress and decode of pages, and page"
+                " metadata, not the flat codec (use 'triton')"
+            )
+        return reason
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'turbokv[triton]')"
@@ -68,20 +85,26 @@ def why_unavailable(backend: Backend, device: torch.device | str) -> str | None:
     return None
 
 
-def available_backends(device: torch.device | str) -> list[Backend]:
-    """Return the backends that can run on ``device``, fastest first."""
+def available_backends(device: torch.device | str, operation: Operation = "codec") -> list[Backend]:
+    """Return the backends that can run ``operation`` on ``device``, fastest first."""
     names: tuple[Backend, ...] = ("cuda", "triton", "torch")
-    return [name for name in names if why_unavailable(name, device) is None]
+    return [name for name in names if why_unavailable(name, device, operation) is None]
 
 
-def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
-    """Return the backend that will run on ``device``.
+def resolve_backend(
+    backend: Backend, device: torch.device | str, operation: Operation = "codec"
+) -> Backend:
+    """Return the backend that will run ``operation`` on ``device``.
 
     Parameters
     ----------
     backend
         A name, or ``auto`` for the first of CUDA, Triton, PyTorch that can run. The interpreter is
         a test tool, so ``auto`` never chooses it.
+    device
+        Where the tensors are.
+    operation
+        ``codec`` or ``pages`` (:func:`why_unavailable`).
 
     Raises
     ------
@@ -91,12 +114,12 @@ def resolve_backend(backend: Backend, device: torch.device | str) -> Backend:
     check_backend(backend)
     device = torch.device(device)
     if backend != "auto":
-        reason = why_unavailable(backend, device)
+        reason = why_unavailable(backend, device, operation)
         if reason is not None:
             raise BackendUnavailableError(f"backend={backend!r} cannot run: {reason}")
         return backend
     if device.type == "cuda" and not triton_is_interpreted():
-        return available_backends(device)[0]
+        return available_backends(device, operation)[0]
     return "torch"
 
 
