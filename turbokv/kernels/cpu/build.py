@@ -28,8 +28,8 @@ HERE = Path(__file__).resolve().parent
 LIBRARY = HERE / "libturbokv_cpu.so"
 SOURCES = ("codec.h", "codec.cpp", "kernels.cpp")
 
-# FORMAT.md wants one rounding an operation. The others only drop errno and floating-point traps,
-# which keep loops from becoming vector code, and a note about the ABI of functions that are inlined.
+# FORMAT.md wants one rounding an operation. -fno-math-errno and -fno-trapping-math change no number
+# and let loops become vector code; -Wno-psabi is for functions that are inlined and have no ABI.
 _FLAGS = (
     "-std=c++17",
     "-O3",

@@ -19,11 +19,9 @@ constexpr float kLargestHalf = 65504.0f;
 // the integer cell ceil(2 |u|) decides the index. No boundary is beyond 126.5, so cells end at 256.
 
 constexpr int kNumCells = 257;
-constexpr uint32_t kCellOrigin =
-    0x47000000;  // bits of 2^15, whose unit in the last place is 1 / 256
+constexpr uint32_t kCellOrigin = 0x47000000;  // bits of 2^15, whose last place is worth 1 / 256
 
-/*! \brief What |y| is multiplied by to get cells: the lattice's unit over 128, so that 1 is the
- * end.
+/*! \brief What |y| is multiplied by to get cells: lattice units over 128, so that 1 is the end.
  *
  *  Zero for a zero vector. Division by a power of two is exact.
  */

@@ -586,8 +586,9 @@ inline cudaError_t Launch(const decompress_params_t& params, cudaStream_t stream
 
 /*! \brief Expand tokens of compressed pages to fp16 or bf16: one launch.
  *
- *  Neither allocates nor synchronises; a CUDA graph may capture it. Tiles that have a 16-bit copy
- * are read from it. Offsets of keys are added but to tokens marked uncentred and to 16-bit copies.
+ *  Neither allocates nor synchronises; a CUDA graph may capture it. Tiles that have a 16-bit
+ *  copy are read from it. Offsets of keys are added, but not to tokens marked uncentred and not to
+ *  16-bit copies.
  *
  *  \tparam PADDED_DIM  Coordinates stored per vector: 64, 128, 256 or 512; 0 to choose at run time.
  *  \return cudaErrorInvalidValue for what the format does not know or is not aligned.

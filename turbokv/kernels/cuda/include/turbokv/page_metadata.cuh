@@ -40,8 +40,7 @@ constexpr int kWarps = 8;  // and requests a CTA
 constexpr int kPagesPerStep = 128;
 constexpr int kMaxGridY = 256;
 
-/*! \brief Warp w of CTA (x, y) owns request 8 x + w, and its pages 128 y on in steps of 128
- * gridDim.y.
+/*! \brief Warp w of CTA (x, y) owns request 8 x + w, its pages 128 y and up, by 128 gridDim.y.
  *
  *  Every CTA sums the page counts of all requests before its own for itself. That repeats work (the
  *  square of the batch over 8, cached reads) but needs no second launch, no scratch memory and no
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(WARPS * 32)
 /*! \brief Flatten a block table into page indices, one run of pages per request: one launch.
  *
  *  Neither allocates nor synchronises; a CUDA graph may capture it, and replays read the lengths
- * and the table of that moment. Lengths beyond max_pages * page_size count as that many tokens.
+ *  and the table of that moment. Lengths beyond max_pages * page_size count as that many tokens.
  */
 inline cudaError_t PageMetadata(const page_metadata_params_t& params, cudaStream_t stream) {
   using namespace page_metadata_detail;

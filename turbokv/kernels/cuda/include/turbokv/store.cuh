@@ -631,7 +631,7 @@ struct worker_t {
  */
 template <int PADDED_DIM, int PER_LANE, typename DTypeIn>
 __global__ void __launch_bounds__(config_t<PADDED_DIM, PER_LANE>::kWarps * 32,
-                                  PER_LANE == 32 ? 3 : 2)
+                                  PER_LANE == 32 ? 3 : 4)
     StoreKernel(const __grid_constant__ store_params_t params) {
   using C = config_t<PADDED_DIM, PER_LANE>;
   __shared__ alignas(16) uint32_t table[kNumCells * 32];
@@ -691,26 +691,27 @@ __global__ void __launch_bounds__(config_t<PADDED_DIM, PER_LANE>::kWarps * 32,
   const bool keep_skipped = (key ? params.k_rotated : params.v_rotated) != nullptr;
   // A unit in whose rows a whole tile and single ones meet is double work. Left to one warp, all
   // would wait for it: its single rows are done last, by all warps of the CTA.
-  int extras_done = -1;  // heads of the queue that this warp has done; -1 while it has own units
+  bool own_done = false;
+  uint32_t turn = warp, item = 0;  // the queued heads that are this warp's
   while (true) {
     uint32_t rows_unit;
     int head_begin, head_end;
-    if (unit < end) {
+    const bool is_own = unit < end;
+    if (is_own) {
       rows_unit = unit / heads;
       head_begin = unit % heads;
       head_end = min(heads, head_begin + end - unit);
       unit += head_end - head_begin;
     } else {
-      if (extras_done < 0) __syncthreads();
-      ++extras_done;
-      // heads of the queue go to the warps in turn
-      uint32_t turn = warp + extras_done * C::kWarps, item = 0;
+      if (!own_done) __syncthreads();
+      own_done = true;
       const uint32_t items = min(num_extra, kMaxExtra);
       while (item < items && turn >= (extra[item].y >> 16)) turn -= extra[item++].y >> 16;
       if (item == items) break;
       rows_unit = extra[item].x;
       head_begin = (extra[item].y & 0xffff) + turn;
       head_end = head_begin + 1;
+      turn += C::kWarps;
     }
     const int part = rows_unit % C::kUnits, first_row = rows_unit / C::kUnits * 16;
     const rows_t rows = FindRows(params.slot_mapping, first_row, nnz, lane);
@@ -730,8 +731,8 @@ __global__ void __launch_bounds__(config_t<PADDED_DIM, PER_LANE>::kWarps * 32,
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
       const bool whole = pass == 0;
-      if (whole ? rows.tile_start < 0 || extras_done >= 0 : single == 0) continue;
-      if (!whole && extras_done < 0 && rows.tile_start >= 0) {
+      if (whole ? rows.tile_start < 0 || !is_own : single == 0) continue;
+      if (!whole && is_own && rows.tile_start >= 0) {
         int place = 0;
         if (lane == 0) place = atomicAdd(&num_extra, 1);
         place = __shfl_sync(~0u, place, 0);
@@ -783,13 +784,14 @@ inline cudaError_t Launch(const store_params_t& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  if constexpr (PADDED_DIM <= 128) {
-    // where latency counts; longer vectors would make a warp take rounds
-    const int64_t lanes =
-        static_cast<int64_t>(params.nnz) * params.kv.num_kv_heads * (PADDED_DIM / 16);
-    if (lanes <= multiprocessors * int64_t{256}) {
-      return Launch<PADDED_DIM, 16, DTypeIn>(params, multiprocessors, stream);
-    }
+#ifdef TK_EXP
+  extern int g_per_lane;
+  if (g_per_lane == 32) return Launch<PADDED_DIM, 32, DTypeIn>(params, multiprocessors, stream);
+  if (g_per_lane == 16) return Launch<PADDED_DIM, 16, DTypeIn>(params, multiprocessors, stream);
+#endif
+  const int64_t lanes = static_cast<int64_t>(params.nnz) * params.kv.num_kv_heads * PADDED_DIM / 16;
+  if (lanes < multiprocessors * 512) {
+    return Launch<PADDED_DIM, 16, DTypeIn>(params, multiprocessors, stream);
   }
   return Launch<PADDED_DIM, 32, DTypeIn>(params, multiprocessors, stream);
 }
