@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turbokv import TurboKVCodec, core, kernels
 from turbokv.core import Codebook, ScaleRule, VectorFormat
-from turbokv.kernels import BackendUnavailableError
+from turbokv.kernels import BackendUnavailableError, cpu
 
 RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,8 +43,12 @@ def marked(test: Callable[..., None]) -> Callable[..., None]:
 # --- choice of the backend ------------------------------------------------------------------------
 
 
-def test_auto_on_the_cpu_is_torch_even_where_the_interpreter_could_run() -> None:
-    assert kernels.resolve_backend("auto", "cpu") == "torch"
+@pytest.mark.parametrize(("reason", "chosen"), [(None, "cpp"), ("not built", "torch")])
+def test_auto_on_the_cpu_never_interprets(
+    monkeypatch: pytest.MonkeyPatch, reason: str | None, chosen: str
+) -> None:
+    monkeypatch.setattr(cpu, "why_unavailable", lambda device: reason)
+    assert kernels.resolve_backend("auto", "cpu") == chosen
 
 
 def test_auto_on_the_gpu_is_the_first_available(monkeypatch: pytest.MonkeyPatch) -> None:

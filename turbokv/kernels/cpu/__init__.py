@@ -202,7 +202,10 @@ def _check(packed: Tensor, norms: Tensor, x: Tensor, fmt: VectorFormat, dim: int
 
 # --- the codec ------------------------------------------------------------------------------------
 
+# torch.compile cannot look into a call by address: its graph breaks here, without a warning.
 
+
+@torch.compiler.disable
 def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> None:
     """Compress ``x`` into ``packed`` and ``norms``; the bytes of :func:`turbokv.core.compress`.
 
@@ -243,6 +246,7 @@ def _compress(
     )
 
 
+@torch.compiler.disable
 def decompress(
     packed: Tensor, norms: Tensor, fmt: VectorFormat, out: Tensor, *, rotated: bool = True
 ) -> None:

@@ -29,7 +29,7 @@ LIBRARY = HERE / "libturbokv_cpu.so"
 SOURCES = ("codec.h", "codec.cpp", "kernels.cpp")
 
 # FORMAT.md wants one rounding an operation. -fno-math-errno and -fno-trapping-math change no number
-# and let loops become vector code; -Wno-psabi is for functions that are inlined and have no ABI.
+# and let loops become vector code. -Wno-psabi: wide vectors are passed to inlined functions only.
 _FLAGS = (
     "-std=c++17",
     "-O3",
