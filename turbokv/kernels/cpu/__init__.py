@@ -113,6 +113,8 @@ def _load_file(path: Path) -> _Library:
     return _Library(handle, tuple(names))
 
 
+# torch.compile need not trace what a file and this process decide once.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_unavailable(device: torch.device | str = "cpu") -> str | None:
     """Return why the kernels cannot run on tensors of ``device``, or None if they can."""
     device = torch.device(device)
@@ -205,7 +207,7 @@ def _check(packed: Tensor, norms: Tensor, x: Tensor, fmt: VectorFormat, dim: int
 # torch.compile cannot look into a call by address: its graph breaks here, without a warning.
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> None:
     """Compress ``x`` into ``packed`` and ``norms``; the bytes of :func:`turbokv.core.compress`.
 
@@ -246,7 +248,7 @@ def _compress(
     )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def decompress(
     packed: Tensor, norms: Tensor, fmt: VectorFormat, out: Tensor, *, rotated: bool = True
 ) -> None:

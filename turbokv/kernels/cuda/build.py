@@ -247,6 +247,7 @@ def _objects(
         *base,
         "-isystem",
         str(torch_include),
+        f"-Xcompiler=-fmacro-prefix-map={torch_include}=torch/include",
         f"-DTORCH_TARGET_VERSION=0x{version:016x}",
         str(HERE / "binding.cu"),
     )
