@@ -254,6 +254,22 @@ def test_threads_share_the_vectors(
     assert_decompresses_alike(packed, norms, fmt, torch.bfloat16, rotated=True)
 
 
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_torch_compile_breaks_its_graph_and_is_right() -> None:
+    fmt = make_format(4, 64)
+    packed, norms = assert_compresses_alike(torch.randn(5, 64), fmt)
+    expected = torch.empty(5, 64)
+    core.decompress(packed, norms, fmt, expected, rotated=False)
+
+    def step(packed: Tensor, norms: Tensor) -> Tensor:
+        out = torch.empty(5, 64)
+        if cpu.available():
+            cpu.decompress(packed, norms, fmt, out, rotated=False)
+        return out + 1
+
+    assert torch.equal(torch.compile(step, backend="eager")(packed, norms), expected + 1)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

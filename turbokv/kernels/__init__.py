@@ -79,7 +79,8 @@ def why_unavailable(
 
         if operation != "codec":
             return "TurboKV's CPU kernels cover the flat codec, not pages"
-        return cpu.why_unavailable(device)
+        missing: str | None = cpu.why_unavailable(device)
+        return missing
     if backend == "triton":
         if not _triton_installed():
             return "triton is not installed (pip install 'turbokv[triton]')"

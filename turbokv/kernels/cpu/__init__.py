@@ -113,13 +113,18 @@ def _load_file(path: Path) -> _Library:
     return _Library(handle, tuple(names))
 
 
-# torch.compile need not trace what a file and this process decide once.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_unavailable(device: torch.device | str = "cpu") -> str | None:
     """Return why the kernels cannot run on tensors of ``device``, or None if they can."""
     device = torch.device(device)
     if device.type != "cpu":
         return f"TurboKV's CPU kernels need CPU tensors, got device {device}"
+    reason: str | None = _why_not_loaded()
+    return reason
+
+
+# torch.compile need not trace what does not change while a process runs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_loaded() -> str | None:
     try:
         _load()
     except BackendUnavailableError as error:
@@ -204,10 +209,7 @@ def _check(packed: Tensor, norms: Tensor, x: Tensor, fmt: VectorFormat, dim: int
 
 # --- the codec ------------------------------------------------------------------------------------
 
-# torch.compile cannot look into a call by address: its graph breaks here, without a warning.
 
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> None:
     """Compress ``x`` into ``packed`` and ``norms``; the bytes of :func:`turbokv.core.compress`.
 
@@ -228,6 +230,8 @@ def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> Non
     _compress(x, fmt, packed, norms, -1)
 
 
+# torch.compile cannot look into a call by address: its graph breaks here, without a warning.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _compress(
     x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor, instruction_set: int
 ) -> None:
@@ -248,7 +252,6 @@ def _compress(
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def decompress(
     packed: Tensor, norms: Tensor, fmt: VectorFormat, out: Tensor, *, rotated: bool = True
 ) -> None:
@@ -271,6 +274,7 @@ def decompress(
     _decompress(packed, norms, fmt, out, rotated, -1)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _decompress(
     packed: Tensor,
     norms: Tensor,
