@@ -360,7 +360,7 @@ def _link(target: Path, folder: Path, nvcc: str, objects: Sequence[_Object]) -> 
             *_LINK_FLAGS,
             f"-Xlinker=--version-script={exports}",
             *(str(each.target) for each in objects),
-            f"-L{torch_root() / 'lib'}",
+            f"-Xlinker=-L{torch_root() / 'lib'}",
             "-Xlinker=--no-as-needed",
             "-ltorch_cpu",
             "-ldl",
