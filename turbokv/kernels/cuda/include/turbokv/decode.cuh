@@ -72,7 +72,7 @@ namespace decode_detail {
 
 constexpr int kSegmentsPerPass = 256;  // offsets kept in shared memory at a time
 constexpr int kMaxStages = 8;
-constexpr int kFlushSteps = 4;    // how long the correction of V's offset may wait, see Accumulate
+constexpr int kFlushSteps = 4;    // how long the correction of V's offset may wait, see Flush
 constexpr int kMaxAligned = 256;  // requests whose items may get whole CTAs
 constexpr int kPending = 8;  // tiles kept in 16 bits that a warp collects before it attends to them
 constexpr float kLog2E = 1.4426950408889634f;
