@@ -103,6 +103,9 @@ struct config_t {
   static constexpr int kBlocks8 = COLUMNS == 16 ? 2 : 1;  // column blocks of an mma
   // With four columns the two terms of the query share a column block, else each has its own.
   static constexpr int kTerms = COLUMNS == 4 ? 1 : 2;
+  // Tokens of a tile whose scores a lane has, see Scores. With four columns a fragment holds every
+  // score twice, so that lanes share the work: one token each.
+  static constexpr int kHalves = COLUMNS == 4 ? 1 : 2;
   static constexpr bool kSumTables = K_BITS == 4 && COLUMNS == 4;
   static constexpr int kQueryRegs = HEAD_DIM / 16;
   static constexpr int kOutBlocks = HEAD_DIM / 16;
@@ -188,8 +191,37 @@ __device__ __forceinline__ void WarpHadamard(float (&x)[N], int lane) {
   }
 }
 
-__device__ __forceinline__ bool Negated(const uint32_t (&signs)[16], int j) {
-  return (signs[j / 32] >> (j % 32)) & 1;
+/*! \brief Sum N values over the lanes of a warp together: lane l gets the sum of value l / (32 /
+ * N).
+ */
+template <int N, int LANES = 32>
+__device__ __forceinline__ float SumSpread(const float (&x)[N], int lane) {
+  if constexpr (N == 1) {
+    float sum = x[0];
+#pragma unroll
+    for (int q = LANES / 2; q > 0; q /= 2) sum += __shfl_xor_sync(~0u, sum, q);
+    return sum;
+  } else {
+    constexpr int kHalf = N / 2;
+    const bool upper = lane & (LANES / 2);
+    float y[kHalf];
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float keep = upper ? x[i + kHalf] : x[i], give = upper ? x[i] : x[i + kHalf];
+      y[i] = keep + __shfl_xor_sync(~0u, give, LANES / 2);
+    }
+    return SumSpread<kHalf, LANES / 2>(y, lane);
+  }
+}
+
+/*! \brief Bits i of a lane's N coordinates, from lane * N on: whether they are negated. Selected,
+ * as indexing a parameter would copy it to local memory. */
+template <int N>
+__device__ __forceinline__ uint32_t LaneSigns(const uint32_t (&signs)[16], int lane) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < N; ++i) word = lane * N / 32 == i ? signs[i] : word;
+  return word >> (lane * N % 32);
 }
 
 __device__ __forceinline__ uint32_t PackHalf2(float a, float b) {
@@ -254,10 +286,12 @@ struct ring_t {
 };
 
 /*! \brief Online softmax and output of the columns a lane holds: rows of the fragments are tokens
- * in scores and coordinates in outputs, columns are 2t and 2t + 1 of each block of eight. */
+ * in scores and coordinates in outputs, columns are 2t and 2t + 1 of each block of eight. With four
+ * columns, lanes t and t ^ 2 have the same: the first holds token g, the second g + 8, and outputs
+ * of columns four to seven mean nothing. */
 template <class C>
 struct state_t {
-  static constexpr int kNB = C::kBlocks8;
+  static constexpr int kNB = C::kBlocks8, kHalves = C::kHalves;
   float o[kNB][C::kOutBlocks][4];
   float correction[kNB][4];  // what the constant in V's operands has added to every output, negated
   float m[kNB][2], l[kNB][2];
@@ -280,8 +314,8 @@ struct state_t {
    * turns scores into powers of two. Without V scales (WINDOW) probabilities are multiplied by
    * kWindowGain. */
   template <int TILES, bool WINDOW>
-  __device__ __forceinline__ void Softmax(const float (&s)[TILES][kNB][4],
-                                          const float (&v_scale)[TILES][2],
+  __device__ __forceinline__ void Softmax(const float (&s)[TILES][kNB][2 * kHalves],
+                                          const float (&v_scale)[TILES][kHalves],
                                           const float (&unit)[kNB][2],
                                           uint32_t (&pb)[TILES][kNB][2]) {
     float top[kNB][2], v_largest = 0;
@@ -290,18 +324,23 @@ struct state_t {
     for (int n = 0; n < kNB; ++n) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        top[n][x] = fmaxf(s[0][n][x], s[0][n][2 + x]);
+        top[n][x] = s[0][n][x];
 #pragma unroll
-        for (int i = 1; i < TILES; ++i) {
-          top[n][x] = fmaxf(top[n][x], fmaxf(s[i][n][x], s[i][n][2 + x]));
+        for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+          for (int half = i == 0; half < kHalves; ++half) {
+            top[n][x] = fmaxf(top[n][x], s[i][n][2 * half + x]);
+          }
         }
         grows |= top[n][x] > m[n][x];
       }
     }
     if constexpr (!WINDOW) {
 #pragma unroll
-      for (int i = 0; i < TILES; ++i)
-        v_largest = fmaxf(v_largest, fmaxf(v_scale[i][0], v_scale[i][1]));
+      for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) v_largest = fmaxf(v_largest, v_scale[i][half]);
+      }
       grows |= v_largest > v_top;
     }
     // Rare after the first steps, so the exact maximum over tokens waits until a lane asks for it.
@@ -312,13 +351,16 @@ struct state_t {
 #pragma unroll
       for (int i = 0; i < TILES; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kHalves; ++half) {
           const float p0 = ptx::Exp2(fmaf(s[i][n][2 * half], unit[n][0], -c0));
           const float p1 = ptx::Exp2(fmaf(s[i][n][2 * half + 1], unit[n][1], -c1));
           l[n][0] += p0, l[n][1] += p1;
           const float gain = WINDOW ? kWindowGain : v_scale[i][half] * v_gain;
           pb[i][n][half] = ptx::Transpose8x8(PackHalf2(p0 * gain, p1 * gain));
         }
+        // The matrix had token g in columns 0..3 and token g + 8 in 4..7: transposed, lanes of
+        // g < 4 have the first half of column g, and those of g + 4 the second.
+        if constexpr (kHalves == 1) pb[i][n][1] = __shfl_xor_sync(~0u, pb[i][n][0], 16);
       }
     }
   }
@@ -345,7 +387,7 @@ struct state_t {
       for (int x = 0; x < 2; ++x) {
         float y = top[n][x];
 #pragma unroll
-        for (int q = 4; q < 32; q *= 2) y = fmaxf(y, __shfl_xor_sync(~0u, y, q));
+        for (int q = 2 * kHalves; q < 32; q *= 2) y = fmaxf(y, __shfl_xor_sync(~0u, y, q));
         y = fmaxf(m[n][x], y);
         const float f = ptx::Exp2((m[n][x] - y) * unit[n][x]);
         m[n][x] = y;
@@ -377,7 +419,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   using K = typename C::k_t;
   using V = typename C::v_t;
   constexpr int kHeadDim = C::kHeadDim, kColumns = C::kColumns, kWarps = C::kWarps;
-  constexpr int kNB = C::kBlocks8, kTiles = C::kTiles;
+  constexpr int kNB = C::kBlocks8, kTiles = C::kTiles, kHalves = C::kHalves;
   constexpr int kScales = C::kTile - 64;  // offset of the 16 pairs of scales in a tile
   constexpr int kLane = kHeadDim / 32;    // coordinates a lane holds when a warp holds a vector
 
@@ -386,10 +428,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __shared__ int slots[kWarps * kMaxStages * kTiles];
   __shared__ float warp_max[kWarps][kColumns], warp_sum[kWarps][kColumns];
   __shared__ float row_max[kColumns], row_sum[kColumns];
-  __shared__ float query_scale[kColumns];
+  __shared__ float query_scale[kColumns], offset_gain[kColumns];
   __shared__ int query_sum[kColumns], see_begin[kColumns],
       see_end[kColumns];                      // tokens a row may see
   __shared__ int2 pending[kWarps][kPending];  // slot, first token
+  __shared__ int num_kept[kWarps];
   __shared__ int3 item_limits;  // no row needs masking from .x to .y; no token is there from .z on
   __shared__ int warp_total[kWarps], cta_prefix[kMaxAligned + 1];
   __shared__ int is_last;
@@ -421,6 +464,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       ptx::BarrierInitFence();
     }
   }
+  // All before this may overlap the end of the kernel before; all of its writes are seen from here.
+  if constexpr (C::kBulk) ptx::WaitForPrimary(), ptx::LaunchDependents();
   // Sum over the threads up to this one; adds the sum over all to `carry`.
   auto scan = [&](int x, int& carry) {
 #pragma unroll
@@ -545,7 +590,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ring.slots = slots + warp * kMaxStages * kTiles;
   ring.num_stages = num_stages;
   place_t place = look(0), after = look(1);
-  int slot = slot_of(place), after_slot = -1;
+  int slot = slot_of(place), after_slot = -1, source_head = place.head_tile >> 20;
   const uint8_t* source = source_of(place, slot);
   place = after, after_slot = slot_of(place), after = look(2);
   unsigned issued = 0;
@@ -554,10 +599,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       const unsigned first = issued % kPerLook * kTiles;
       if (p.kv.tile_slots != nullptr && lane - first < kTiles) {
         ring.slots[stage * kTiles + lane - first] = slot;
+        if (C::kBulk && slot >= 0) {
+          ptx::BulkPrefetch(
+              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
+                                (2 * kTokensPerTile * kHeadDim),
+              4 * kTokensPerTile * kHeadDim);
+        }
       }
       ring.Issue(stage, source, first, lane);
       if (++issued % kPerLook == 0) {
         source = source_of(place, after_slot), slot = after_slot;
+        source_head = place.head_tile >> 20;
         place = after, after_slot = slot_of(place);
         after = look(issued / kPerLook + 2);
       }
@@ -573,11 +625,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const table_t v_table = MakeTable<C::kVBits, bytes_t::kOffset128>(p.v_codebook);
   const table_t v_negative = C::kVBits == 5 ? MakeNegativeTable5(p.v_codebook) : table_t{};
   const float root = rsqrtf(static_cast<float>(kHeadDim));
+  const uint32_t k_signs = LaneSigns<kLane>(p.k_signs, lane);
+  const uint32_t v_signs = LaneSigns<kLane>(p.v_signs, lane);
   const float k_unit = exp2f(-p.k_codebook.frac_bits) *
                        (K::kKind == expand_t::kUniform2 ? p.k_codebook.magnitudes[0] : 1);
   const float v_unit = exp2f(-p.v_codebook.frac_bits) *
                        (V::kKind == expand_t::kUniform2 ? 2 * p.v_codebook.magnitudes[0] : 1);
-  const bool transformed = p.logits_soft_cap > 0 || p.k_offset_rotated != nullptr;
+  const bool capped = p.logits_soft_cap > 0, centred = p.k_offset_rotated != nullptr;
+  // Which token of a tile a lane's scores belong to: row(half), see state_t.
+  const int row0 = kHalves == 1 ? g + (t >> 1) * 8 : g;
+  const int term_weight = t < 2 ? 256 : 1;
 
   int own_step = begin + warp;
 #pragma unroll 1
@@ -615,7 +672,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         if (!p.rotated_query) {
 #pragma unroll
           for (int i = 0; i < kLane; ++i) {
-            if (Negated(p.k_signs, lane * kLane + i)) x[i] = -x[i];
+            if (k_signs >> i & 1) x[i] = -x[i];
           }
           WarpHadamard(x, lane);
 #pragma unroll
@@ -648,6 +705,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         see_end[c] = p.causal ? min(position + 1, r.length) : r.length;
         query_sum[c] = sum;
         query_scale[c] = largest / kTop * p.sm_scale * kLog2E * k_unit;
+        offset_gain[c] = inverse / k_unit;  // from a product with the query to the unit of scores
       }
     }
     __syncthreads();
@@ -676,23 +734,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     for (int n = 0; n < kNB; ++n) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        unit[n][x] = transformed ? 1.f : query_scale[column(n, x)];
+        unit[n][x] = capped ? 1.f : query_scale[column(n, x)];
         sums[n][x] = query_sum[column(n, x)];
       }
     }
     const int step_shift = r.first_step + step0 - item_begin;  // from the line to the request
     state_t<C> state;
     state.Reset();
-    const float cap = p.logits_soft_cap * kLog2E,
-                inverse_cap = p.logits_soft_cap > 0 ? 2 / p.logits_soft_cap : 0;
-    // Scores in powers of two: offset of the segment, then the soft cap.
-    auto transform = [&](float x, float offset) {
-      x += offset;
-      // tanh(y) = 1 - 2 / (exp(2 y) + 1)
-      if (p.logits_soft_cap > 0) x = cap * (1 - __fdividef(2, ptx::Exp2(x * inverse_cap) + 1));
-      return x;
+    const float cap = p.logits_soft_cap * kLog2E, inverse_cap = capped ? 2 / p.logits_soft_cap : 0;
+    // Scores in powers of two; tanh(y) = 1 - 2 / (exp(2 y) + 1)
+    auto soft_cap = [&](float x) {
+      return cap * (1 - __fdividef(2, ptx::Exp2(x * inverse_cap) + 1));
     };
-    auto mask = [&](float(&s)[kNB][4], int token, int half) {
+    auto mask = [&](float(&s)[kNB][2 * kHalves], int token, int half) {
 #pragma unroll
       for (int n = 0; n < kNB; ++n) {
 #pragma unroll
@@ -703,6 +757,120 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       }
     };
 
+    // --- a tile kept in 16 bits: the same with fp16 operands from global memory
+    auto attend_kept = [&](const int2 kept) {
+      const int slot = kept.x, token0 = kept.y;
+      const __half* window = p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + head) *
+                                               (2 * kTokensPerTile * kHeadDim);
+      // K: lane (g, t) reads coordinates 32 k + 8 t + 0..7 of tokens g and g + 8
+      constexpr int kLoads = kHeadDim / 32;
+      constexpr bool kEarly = kHeadDim <= 128;  // V's loads fit the registers as well
+      uint4 keys[kLoads][2], values[kEarly ? V::kSections : 1][2][V::kCodes / 4];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          keys[k][half] = __ldg(
+              reinterpret_cast<const uint4*>(window + (g + half * 8) * kHeadDim + 32 * k + 8 * t));
+        }
+      }
+      // V: lane (g, t) reads, of tokens g and g + 8, the coordinates that rows 2t and 2t + 1 of
+      // the operands have, which are neighbours; transposing 8x8 blocks makes tokens run along k.
+      auto load_values = [&](uint4(&to)[2][V::kCodes / 4], int section) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4* from =
+              reinterpret_cast<const uint4*>(window + (kTokensPerTile + half * 8 + g) * kHeadDim +
+                                             V::Coordinate(section, 0, 0, 2 * t));
+          // what was never written may be NaN, which a probability of zero would not stop
+          const bool written = token0 + half * 8 + g < item_limits.z;
+#pragma unroll
+          for (int k = 0; k < V::kCodes / 4; ++k) {
+            to[half][k] = written ? __ldg(from + k) : make_uint4(0, 0, 0, 0);
+          }
+        }
+      };
+      if constexpr (kEarly) {
+#pragma unroll
+        for (int section = 0; section < V::kSections; ++section)
+          load_values(values[section], section);
+      }
+      float s[1][kNB][2 * kHalves], none[1][kHalves] = {};
+#pragma unroll
+      for (int n = 0; n < kNB; ++n) {
+        float dots[4] = {0, 0, 0, 0};
+        const float* q = rows + ((n * 8 + g) & (kColumns - 1)) * kHeadDim;
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k) {
+          const int j = 32 * k + 8 * t;
+          const uint4 x = keys[k][0], y = keys[k][1];
+          // the query in two fp16 terms, or its rounding would be the largest error of all
+          uint32_t high[4], low[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const __half2 h = __floats2half2_rn(q[j + 2 * i], q[j + 2 * i + 1]);
+            high[i] = *reinterpret_cast<const uint32_t*>(&h);
+            low[i] = PackHalf2(q[j + 2 * i] - __low2float(h), q[j + 2 * i + 1] - __high2float(h));
+          }
+          ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
+          ptx::MmaF16(dots, x.z, y.z, x.w, y.w, high[2], high[3]);
+          ptx::MmaF16(dots, x.x, y.x, x.y, y.y, low[0], low[1]);
+          ptx::MmaF16(dots, x.z, y.z, x.w, y.w, low[2], low[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2 * kHalves; ++e) {
+          float x = dots[e];
+          if constexpr (kHalves == 1) x = t < 2 ? dots[e] : dots[2 + e];
+          x *= p.sm_scale * kLog2E;
+          s[0][n][e] = capped ? soft_cap(x) : __fdividef(x, unit[n][e & 1]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) mask(s[0], token0 + half * 8 + row0, half);
+      uint32_t pb[1][kNB][2];
+      state.template Softmax<1, true>(s, none, unit, pb);
+      const float gain = state.v_gain / (v_unit * kWindowGain);
+#pragma unroll
+      for (int section = 0; section < V::kSections; ++section) {
+        if constexpr (!kEarly) load_values(values[0], section);
+        uint32_t words[2][V::kCodes];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int k = 0; k < V::kCodes / 4; ++k) {
+            const uint4 x = values[kEarly ? section : 0][half][k];
+            words[half][4 * k] = x.x, words[half][4 * k + 1] = x.y;
+            words[half][4 * k + 2] = x.z, words[half][4 * k + 3] = x.w;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < V::kBlocks; ++k) {
+          uint32_t a[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int at = V::Offset(k, e & 1);
+            a[e] = ptx::Transpose8x8(ptx::Permute(words[e / 2][at / 2],
+                                                  words[e / 2][(V::kCodes + at) / 2],
+                                                  at % 2 == 0 ? 0x5410 : 0x7632));
+          }
+#pragma unroll
+          for (int n = 0; n < kNB; ++n) {
+            float sum[4] = {0, 0, 0, 0};
+            ptx::MmaF16(sum, a[0], a[1], a[2], a[3], pb[0][n][0], pb[0][n][1]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              // uniform 2-bit outputs count in field units, see V::Expand
+              const float field = V::kKind == expand_t::kUniform2
+                                      ? 1.f / (1 << (24 - 2 * (2 * (k % 2) + e / 2)))
+                                      : 1.f;
+              state.o[n][section * V::kBlocks + k][e] += sum[e] * (gain * field);
+            }
+          }
+        }
+      }
+    };
+
+    int num_pending = 0;
 #pragma unroll 1
     for (int pass_begin = item_begin; pass_begin < item_end;) {
       int pass_end = item_end, first_segment = 0;
@@ -717,141 +885,53 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         const int segments =
             min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
         __syncthreads();
-        constexpr int kAtOnce = 4;  // segments whose loads are in flight together
-        for (int i0 = warp; i0 < segments; i0 += kWarps * kAtOnce) {
-          float x[kAtOnce][kLane];
+        // Segments whose loads are in flight together; with four rows each, a lane a sum.
+        constexpr int kAtOnce = kLane <= 4 ? 8 : 32 / kLane, kSums = 4 * kAtOnce;
+#pragma unroll 1
+        for (int i0 = warp * kAtOnce; i0 < segments; i0 += kWarps * kAtOnce) {
+          float mu[kAtOnce][kLane];
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
-            const int segment = first_segment + min(i0 + i * kWarps, segments - 1);
-            const float* mu = p.k_offset_rotated +
-                              (static_cast<int64_t>(segment) * p.num_kv_heads + head) * kHeadDim;
+            const int segment = first_segment + min(i0 + i, segments - 1);
+            const float* from = p.k_offset_rotated +
+                                (static_cast<int64_t>(segment) * p.num_kv_heads + head) * kHeadDim;
 #pragma unroll
-            for (int k = 0; k < kLane; ++k) x[i][k] = __ldg(mu + lane + 32 * k);
+            for (int k = 0; k < kLane; ++k) mu[i][k] = __ldg(from + lane + 32 * k);
           }
 #pragma unroll 1
-          for (int c = 0; c < kColumns; ++c) {
-            float dots[kAtOnce];
+          for (int c0 = 0; c0 < kColumns; c0 += 4) {
+            float dots[kSums];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) dots[i] = 0;
+            for (int c = 0; c < 4; ++c) {
+              float q[kLane];
 #pragma unroll
-            for (int k = 0; k < kLane; ++k) {
-              const float q = rows[c * kHeadDim + lane + 32 * k];
+              for (int k = 0; k < kLane; ++k) q[k] = rows[(c0 + c) * kHeadDim + lane + 32 * k];
 #pragma unroll
-              for (int i = 0; i < kAtOnce; ++i) dots[i] = fmaf(x[i][k], q, dots[i]);
-            }
+              for (int i = 0; i < kAtOnce; ++i) {
+                float dot = 0;
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-#pragma unroll
-              for (int s = 16; s > 0; s /= 2) dots[i] += __shfl_xor_sync(~0u, dots[i], s);
-              if (lane == i && i0 + i * kWarps < segments) {
-                offsets[(i0 + i * kWarps) * kColumns + c] = dots[i] * p.sm_scale * kLog2E;
+                for (int k = 0; k < kLane; ++k) dot = fmaf(mu[i][k], q[k], dot);
+                dots[4 * i + c] = dot;
               }
+            }
+            const float dot = SumSpread(dots, lane);
+            const int index = lane / (32 / kSums), i = i0 + index / 4, c = c0 + index % 4;
+            if (lane % (32 / kSums) == 0 && i < segments) {
+              offsets[i * kColumns + c] = dot * offset_gain[c];
             }
           }
         }
         __syncthreads();
       }
 
-#pragma unroll 1
-      while (own_step < pass_end) {
-        int num_pending = 0;
+      for (;;) {
 #pragma unroll 1
         for (; own_step < pass_end && num_pending <= kPending - kTiles; own_step += kWarps) {
           const uint8_t* stage = ring.Wait();
           const int token0 = (own_step + step_shift) * C::kStepTokens;
-          float s[kTiles][kNB][4], v_scale[kTiles][2];
-          uint32_t marks = 0;  // of keys stored uncentred: bit 4 i + half
-
-          // --- scores: S[token, column]; rows g and g + 8, columns 2t and 2t + 1
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            const uint8_t* tile = stage + i * C::kTile;
-            int acc[kNB][C::kTerms][4];
-#pragma unroll
-            for (int k = 0; k < K::kSteps; ++k) {
-              uint32_t w[2][K::kWords], h[2][2], a[2][K::kRegs], extra[2][K::kRegs];
-              K::Load(tile, k, g, t, w, h);
-              K::template Expand<C::kSumTables>(w, h, k_table, a, extra);
-#pragma unroll
-              for (int q = 0; q < K::kRegs / 2; ++q) {
-                const int at = k * K::kRegs + 2 * q;
-#pragma unroll
-                for (int n = 0; n < kNB; ++n) {
-#pragma unroll
-                  for (int term = 0; term < C::kTerms; ++term) {
-                    const uint32_t b0 = qb[n][term][at], b1 = qb[n][term][at + 1];
-                    if (at == 0) {
-                      ptx::MmaS8First(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
-                                      a[1][2 * q + 1], b0, b1);
-                    } else {
-                      ptx::MmaS8(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
-                                 a[1][2 * q + 1], b0, b1);
-                    }
-                    if constexpr (K::TwoTerms(C::kSumTables)) {
-                      ptx::MmaS8(acc[n][term], extra[0][2 * q], extra[1][2 * q],
-                                 extra[0][2 * q + 1], extra[1][2 * q + 1], b0, b1);
-                    }
-                  }
-                }
-              }
-            }
-            __half2 scales[2];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              scales[half] = *reinterpret_cast<const __half2*>(tile + kScales + (half * 8 + g) * 4);
-              v_scale[i][half] = __high2float(scales[half]);
-              marks |= (*reinterpret_cast<const uint32_t*>(&scales[half]) >> 15 & 1)
-                       << (4 * i + half);
-            }
-#pragma unroll
-            for (int n = 0; n < kNB; ++n) {
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                int dot = acc[n][0][e];
-                if constexpr (kColumns == 4) {
-                  // high terms in columns 0..3, low terms in 4..7: lanes t and t ^ 2 have both
-                  dot = t < 2 ? dot * 256 : dot;
-                  dot += __shfl_xor_sync(~0u, dot, 2);
-                } else {
-                  dot = dot * 256 + acc[n][C::kTerms - 1][e];
-                }
-                if constexpr (K::kKind == expand_t::kUniform2) dot = 2 * dot - 3 * sums[n][e & 1];
-                if constexpr (K::kKind == expand_t::kSignMagnitude5) dot += sums[n][e & 1];
-                s[i][n][e] = static_cast<float>(dot) * fabsf(__low2float(scales[e >> 1]));
-              }
-            }
-          }
-          if (transformed) {
-#pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
-              const int segment = (token0 + i * kTokensPerTile) / kTokensPerSegment;
-              const bool centred = p.k_offset_rotated != nullptr && segment < p.num_segments;
-#pragma unroll
-              for (int n = 0; n < kNB; ++n) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  const int c = column(n, e & 1);
-                  float offset = centred && !((marks >> (4 * i + (e >> 1))) & 1)
-                                     ? offsets[(segment - first_segment) * kColumns + c]
-                                     : 0.f;
-                  s[i][n][e] = transform(s[i][n][e] * query_scale[c], offset);
-                }
-              }
-            }
-          }
-          if (token0 + C::kStepTokens > item_limits.y || token0 < item_limits.x) {
-#pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const int token = token0 + i * kTokensPerTile + half * 8 + g;
-                mask(s[i], token, half);
-                if (token >= item_limits.z) v_scale[i][half] = 0;  // never written: may be anything
-              }
-            }
-          }
+          // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
+          unsigned kept = 0;
           if (p.kv.tile_slots != nullptr) {
-            // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
               const int slot = ring.slots[ring.read * kTiles + i];
@@ -859,42 +939,171 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                 if (lane == 0)
                   pending[warp][num_pending] = make_int2(slot, token0 + i * kTokensPerTile);
                 ++num_pending;
-                v_scale[i][0] = v_scale[i][1] = 0;
-#pragma unroll
-                for (int n = 0; n < kNB; ++n)
-                  s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = -INFINITY;
+                kept |= 1u << i;
               }
             }
           }
-
-          uint32_t pb[kTiles][kNB][2];
-          state.template Softmax<kTiles, false>(s, v_scale, unit, pb);
-
-          // --- O[coordinate, column] += V[coordinate, token] P[token, column]
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) {
-            const uint8_t* v = stage + i * C::kTile + K::kBytes;
-            constexpr uint32_t kConstant =
-                V::kKind == expand_t::kUniform2 ? 0xBE00BE00u : 0xE480E480u;
-            // Levels come with a constant added (1.5 codes, or 1152): the product of its negative
-            // with the same rounded probabilities takes it away again, before it can swamp the sum.
+          if (kept != (1u << kTiles) - 1) {
+            float s[kTiles][kNB][2 * kHalves], v_scale[kTiles][kHalves];
+            float offset[kNB][2];  // score of the part of K that its segment shares
+            uint32_t marks = 0;    // in bit 15: whether a key was stored uncentred
+            const int segment = token0 / kTokensPerSegment;
+            const bool has_offset = centred && segment < p.num_segments;
 #pragma unroll
             for (int n = 0; n < kNB; ++n) {
-              ptx::MmaF16(state.correction[n], kConstant, kConstant, kConstant, kConstant,
-                          pb[i][n][0], pb[i][n][1]);
+#pragma unroll
+              for (int x = 0; x < 2; ++x) {
+                offset[n][x] =
+                    has_offset ? offsets[(segment - first_segment) * kColumns + column(n, x)] : 0.f;
+              }
             }
+
+            // --- scores: S[token, column]; rows g and g + 8, columns 2t and 2t + 1
 #pragma unroll
-            for (int section = 0; section < V::kSections; ++section) {
-              uint32_t w[V::kWords], h[2];
-              V::Load(v, section, lane, w, h);
+            for (int i = 0; i < kTiles; ++i) {
+              const uint8_t* tile = stage + i * C::kTile;
+              int acc[kNB][C::kTerms][4];
 #pragma unroll
-              for (int k = 0; k < V::kBlocks; ++k) {
-                uint32_t a[4];
-                V::Expand(w, h, k, v_table, v_negative, a);
+              for (int k = 0; k < K::kSteps; ++k) {
+                uint32_t w[2][K::kWords], h[2][2], a[2][K::kRegs], extra[2][K::kRegs];
+                K::Load(tile, k, g, t, w, h);
+                K::template Expand<C::kSumTables>(w, h, k_table, a, extra);
+#pragma unroll
+                for (int q = 0; q < K::kRegs / 2; ++q) {
+                  const int at = k * K::kRegs + 2 * q;
+#pragma unroll
+                  for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                    for (int term = 0; term < C::kTerms; ++term) {
+                      const uint32_t b0 = qb[n][term][at], b1 = qb[n][term][at + 1];
+                      if (at == 0) {
+                        ptx::MmaS8First(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
+                                        a[1][2 * q + 1], b0, b1);
+                      } else {
+                        ptx::MmaS8(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
+                                   a[1][2 * q + 1], b0, b1);
+                      }
+                      if constexpr (K::TwoTerms(C::kSumTables)) {
+                        ptx::MmaS8(acc[n][term], extra[0][2 * q], extra[1][2 * q],
+                                   extra[0][2 * q + 1], extra[1][2 * q + 1], b0, b1);
+                      }
+                    }
+                  }
+                }
+              }
+#pragma unroll
+              for (int half = 0; half < kHalves; ++half) {
+                const __half2 scales =
+                    *reinterpret_cast<const __half2*>(tile + kScales + (row0 + half * 8) * 4);
+                marks |= *reinterpret_cast<const uint32_t*>(&scales);
+                v_scale[i][half] = __high2float(scales);
+                const float k_scale = fabsf(__low2float(scales));
 #pragma unroll
                 for (int n = 0; n < kNB; ++n) {
-                  ptx::MmaF16(state.o[n][section * V::kBlocks + k], a[0], a[1], a[2], a[3],
-                              pb[i][n][0], pb[i][n][1]);
+#pragma unroll
+                  for (int x = 0; x < 2; ++x) {
+                    int dot;
+                    if constexpr (kHalves == 1) {
+                      // High terms are in columns 0..3 and low terms in 4..7. Lanes t and t ^ 2
+                      // give each other what the other's token lacks.
+                      const int low_row = acc[n][0][x], high_row = acc[n][0][2 + x];
+                      const int keep = t < 2 ? low_row : high_row;
+                      const int give = (t < 2 ? high_row : low_row) * term_weight;
+                      dot = keep * term_weight + __shfl_xor_sync(~0u, give, 2);
+                    } else {
+                      dot = acc[n][0][2 * half + x] * 256 + acc[n][C::kTerms - 1][2 * half + x];
+                    }
+                    if constexpr (K::kKind == expand_t::kUniform2) dot = 2 * dot - 3 * sums[n][x];
+                    if constexpr (K::kKind == expand_t::kSignMagnitude5) dot += sums[n][x];
+                    s[i][n][2 * half + x] = fmaf(static_cast<float>(dot), k_scale, offset[n][x]);
+                  }
+                }
+              }
+            }
+            // Few tokens are stored uncentred.
+            if (has_offset && __any_sync(~0u, marks & 0x8000u)) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                  const uint8_t* at = stage + i * C::kTile + kScales + (row0 + half * 8) * 4;
+                  if (*reinterpret_cast<const uint32_t*>(at) & 0x8000u) {
+#pragma unroll
+                    for (int n = 0; n < kNB; ++n) {
+                      s[i][n][2 * half] -= offset[n][0], s[i][n][2 * half + 1] -= offset[n][1];
+                    }
+                  }
+                }
+              }
+            }
+            if (capped) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                  for (int e = 0; e < 2 * kHalves; ++e) {
+                    s[i][n][e] = soft_cap(s[i][n][e] * query_scale[column(n, e & 1)]);
+                  }
+                }
+              }
+            }
+            if (token0 + C::kStepTokens > item_limits.y || token0 < item_limits.x) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                  const int token = token0 + i * kTokensPerTile + half * 8 + row0;
+                  mask(s[i], token, half);
+                  // what was never written may be anything
+                  if (token >= item_limits.z) v_scale[i][half] = 0;
+                }
+              }
+            }
+            if (kept != 0) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+                if (!(kept >> i & 1)) continue;
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                  v_scale[i][half] = 0;
+#pragma unroll
+                  for (int n = 0; n < kNB; ++n)
+                    s[i][n][2 * half] = s[i][n][2 * half + 1] = -INFINITY;
+                }
+              }
+            }
+
+            uint32_t pb[kTiles][kNB][2];
+            state.template Softmax<kTiles, false>(s, v_scale, unit, pb);
+
+            // --- O[coordinate, column] += V[coordinate, token] P[token, column]
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              const uint8_t* v = stage + i * C::kTile + K::kBytes;
+              constexpr uint32_t kConstant =
+                  V::kKind == expand_t::kUniform2 ? 0xBE00BE00u : 0xE480E480u;
+              // Levels come with a constant added (1.5 codes, or 1152): the product of its negative
+              // with the same rounded probabilities takes it away again, before it can swamp the
+              // sum.
+#pragma unroll
+              for (int n = 0; n < kNB; ++n) {
+                ptx::MmaF16(state.correction[n], kConstant, kConstant, kConstant, kConstant,
+                            pb[i][n][0], pb[i][n][1]);
+              }
+#pragma unroll
+              for (int section = 0; section < V::kSections; ++section) {
+                uint32_t w[V::kWords], h[2];
+                V::Load(v, section, lane, w, h);
+#pragma unroll
+                for (int k = 0; k < V::kBlocks; ++k) {
+                  uint32_t a[4];
+                  V::Expand(w, h, k, v_table, v_negative, a);
+#pragma unroll
+                  for (int n = 0; n < kNB; ++n) {
+                    ptx::MmaF16(state.o[n][section * V::kBlocks + k], a[0], a[1], a[2], a[3],
+                                pb[i][n][0], pb[i][n][1]);
+                  }
                 }
               }
             }
@@ -906,101 +1115,27 @@ __global__ void __launch_bounds__(C::kThreads, 1)
             if (((own_step / kWarps) & (kFlushSteps - 1)) == 0) state.Flush();
           }
         }
-
-        // --- tiles kept in 16 bits: the same with fp16 operands from global memory
+        if (own_step >= pass_end) break;
         __syncwarp();
 #pragma unroll 1
-        for (int i = 0; i < num_pending; ++i) {
-          const int slot = pending[warp][i].x, token0 = pending[warp][i].y;
-          const __half* window =
-              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + head) *
-                                (2 * kTokensPerTile * kHeadDim);
-          float s[1][kNB][4], none[1][2] = {{0, 0}};
-          // K: lane (g, t) reads coordinates 32 k + 8 t + 0..7 of tokens g and g + 8
-#pragma unroll
-          for (int n = 0; n < kNB; ++n) {
-            float dots[4] = {0, 0, 0, 0};
-            const float* q = rows + ((n * 8 + g) & (kColumns - 1)) * kHeadDim;
-#pragma unroll
-            for (int k = 0; k < kHeadDim / 32; ++k) {
-              const int j = 32 * k + 8 * t;
-              const uint4 x = __ldg(reinterpret_cast<const uint4*>(window + g * kHeadDim + j));
-              const uint4 y =
-                  __ldg(reinterpret_cast<const uint4*>(window + (g + 8) * kHeadDim + j));
-              // the query in two fp16 terms, or its rounding would be the largest error of all
-              uint32_t high[4], low[4];
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const __half2 h = __floats2half2_rn(q[j + 2 * i], q[j + 2 * i + 1]);
-                high[i] = *reinterpret_cast<const uint32_t*>(&h);
-                low[i] =
-                    PackHalf2(q[j + 2 * i] - __low2float(h), q[j + 2 * i + 1] - __high2float(h));
-              }
-              ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
-              ptx::MmaF16(dots, x.z, y.z, x.w, y.w, high[2], high[3]);
-              ptx::MmaF16(dots, x.x, y.x, x.y, y.y, low[0], low[1]);
-              ptx::MmaF16(dots, x.z, y.z, x.w, y.w, low[2], low[3]);
-            }
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const float x = dots[e] * (p.sm_scale * kLog2E);
-              s[0][n][e] = transformed ? transform(x, 0) : __fdividef(x, unit[n][e & 1]);
-            }
-          }
-          mask(s[0], token0 + g, 0);
-          mask(s[0], token0 + g + 8, 1);
-          uint32_t pb[1][kNB][2];
-          state.template Softmax<1, true>(s, none, unit, pb);
-          // V: lane (g, t) reads, of tokens g and g + 8, the coordinates that rows 2t and 2t + 1 of
-          // the operands have, which are neighbours; transposing 8x8 blocks makes tokens run along
-          // k.
-          const float gain = state.v_gain / (v_unit * kWindowGain);
-#pragma unroll
-          for (int section = 0; section < V::kSections; ++section) {
-            uint32_t words[2][V::kCodes];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const uint4* from = reinterpret_cast<const uint4*>(
-                  window + (kTokensPerTile + half * 8 + g) * kHeadDim +
-                  V::Coordinate(section, 0, 0, 2 * t));
-              // what was never written may be NaN, which a probability of zero would not stop
-              const bool written = token0 + half * 8 + g < item_limits.z;
-#pragma unroll
-              for (int k = 0; k < V::kCodes / 4; ++k) {
-                const uint4 x = written ? __ldg(from + k) : make_uint4(0, 0, 0, 0);
-                words[half][4 * k] = x.x, words[half][4 * k + 1] = x.y;
-                words[half][4 * k + 2] = x.z, words[half][4 * k + 3] = x.w;
-              }
-            }
-#pragma unroll
-            for (int k = 0; k < V::kBlocks; ++k) {
-              uint32_t a[4];
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                const int at = V::Offset(k, e & 1);
-                a[e] = ptx::Transpose8x8(ptx::Permute(words[e / 2][at / 2],
-                                                      words[e / 2][(V::kCodes + at) / 2],
-                                                      at % 2 == 0 ? 0x5410 : 0x7632));
-              }
-#pragma unroll
-              for (int n = 0; n < kNB; ++n) {
-                float sum[4] = {0, 0, 0, 0};
-                ptx::MmaF16(sum, a[0], a[1], a[2], a[3], pb[0][n][0], pb[0][n][1]);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                  // uniform 2-bit outputs count in field units, see V::Expand
-                  const float field = V::kKind == expand_t::kUniform2
-                                          ? 1.f / (1 << (24 - 2 * (2 * (k % 2) + e / 2)))
-                                          : 1.f;
-                  state.o[n][section * V::kBlocks + k][e] += sum[e] * (gain * field);
-                }
-              }
-            }
-          }
-        }
+        for (int i = 0; i < num_pending; ++i) attend_kept(pending[warp][i]);
+        num_pending = 0;
         __syncwarp();
       }
       pass_begin = pass_end;
+    }
+    if (p.kv.tile_slots != nullptr) {
+      // The newest tokens are a few neighbouring tiles: the warps share what is left.
+      if (lane == 0) num_kept[warp] = num_pending;
+      __syncthreads();
+      int before = 0;
+#pragma unroll 1
+      for (int w = 0; w < kWarps; ++w) {
+        for (int i = (warp - before % kWarps + kWarps) % kWarps; i < num_kept[w]; i += kWarps) {
+          attend_kept(pending[w][i]);
+        }
+        before += num_kept[w];
+      }
     }
 
     // --- merge the warps of this CTA
@@ -1009,7 +1144,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
 #pragma unroll
-        for (int q = 4; q < 32; q *= 2) state.l[n][x] += __shfl_xor_sync(~0u, state.l[n][x], q);
+        for (int q = 2 * kHalves; q < 32; q *= 2)
+          state.l[n][x] += __shfl_xor_sync(~0u, state.l[n][x], q);
         state.m[n][x] *= unit[n][x];
         if (g == 0 && (kColumns > 4 || t < 2)) {
           warp_max[warp][column(n, x)] = state.m[n][x];
@@ -1166,7 +1302,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           WarpHadamard(x, lane);
 #pragma unroll
           for (int i = 0; i < kLane; ++i) {
-            x[i] *= Negated(p.v_signs, lane * kLane + i) ? -root : root;
+            x[i] *= v_signs >> i & 1 ? -root : root;
           }
         }
         const int64_t at = token * p.out_stride_n + qo_head * p.out_stride_h;
@@ -1229,8 +1365,19 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
   if (p.workspace_bytes < (counters + static_cast<int64_t>(2) * grid * C::kPartial) * 4) {
     return cudaErrorInvalidValue;
   }
-  DecodeKernel<C><<<grid, C::kThreads, bytes, stream>>>(p, stages);
-  return cudaGetLastError();
+  if constexpr (C::kBulk) {
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = C::kThreads;
+    config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = &overlap, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, DecodeKernel<C>, p, stages);
+  } else {
+    DecodeKernel<C><<<grid, C::kThreads, bytes, stream>>>(p, stages);
+    return cudaGetLastError();
+  }
 }
 
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, bool BULK>

@@ -131,6 +131,27 @@ __device__ __forceinline__ void BulkCopy(uint32_t shared, const void* global, in
 #endif
 }
 
+/*! \brief Wait until the kernel before in the stream is done, where launches may overlap. */
+__device__ __forceinline__ void WaitForPrimary() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/*! \brief Let the next kernel start where there is room, up to its own WaitForPrimary. */
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/*! \brief Bring `bytes` (a multiple of 16) to L2. */
+__device__ __forceinline__ void BulkPrefetch(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#endif
+}
+
 // --- 16-byte asynchronous copies: sm_80 and up
 // ----------------------------------------------------
 
