@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recent window inside the engine: which tiles hold a 16-bit copy besides their codes.
+
+Every token is compressed when it is written. A copy is extra, and pages belong to no request, so
+the copies live in a pool of slots (one slot: 16 tokens, K and V, all heads of a layer) and a map
+says, for each 16-token tile of each page, which slot holds its copy, or -1. All layers share the
+map; each has its own storage.
+
+:meth:`RecentWindow.refresh` runs once a step, before the forward pass, on the lengths and the block
+table that the step will use. Its rules:
+
+1. *Live* are the tiles that hold any of a request's newest ``window`` tokens after the step, any of
+   those that the step's first query sees, and a request's first tile if ``sinks`` are wanted.
+2. A live tile keeps its slot. Any other tile loses it, except a first tile, which keeps it until
+   its page is written again from the start, or until slots are short.
+3. A live tile without a slot gets one if and only if this step writes it from its first token.
+   Sinks come first, then the newest tile of every request, and so on.
+
+The invariant: *a slot holds all tokens of its tile that were written since the tile's first token
+last was*. Rule 3 starts it so, :func:`turbokv.kernels.cuda.ops.store` writes the slot along with
+the codes as long as the map names it, and a tile that lost its slot cannot get one back, since its
+16-bit values are gone. So a prefix hit, a preempted and resumed request, a reordered batch and a
+rolled-back draft read what was stored, in 16 bits where a slot survived and compressed elsewhere.
+Pages that change without ``store`` (a KV connector's load, a wake from sleep) must be named to
+:meth:`RecentWindow.invalidate`, or :meth:`RecentWindow.clear` called.
+
+Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes a layer
+(:func:`slot_bytes`); :func:`pool_slots` sizes the pool.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turbokv import kernels
+
+TILE = 16
+# Of a slot, in this step.
+_LIVE = 1
+_SINK = 2
+_STEPS, _TILES, _COMPRESSED, _WANTED, _REFUSED, _EVICTED, _IN_USE, _HAND = range(8)
+_INT32_MAX = 2**31 - 1
+
+
+def window_tiles(window: int) -> int:
+    """Return the most tiles that ``window`` tokens in a row can touch."""
+    return 0 if window == 0 else -(-(window - 1) // TILE) + 1
+
+
+def slot_bytes(num_kv_heads: int, padded_dim: int) -> int:
+    """Return the bytes of one slot in one layer: 16 tokens of K and V in float16."""
+    return num_kv_heads * 2 * TILE * padded_dim * 2
+
+
+def slots_per_request(window: int, sinks: int) -> int:
+    """Return how many slots one decoding request holds at most."""
+    return window_tiles(window) + (sinks > 0)
+
+
+def pool_slots(
+    cache_bytes: int,
+    bytes_per_slot: int,
+    max_num_seqs: int,
+    *,
+    fraction: float = 0.02,
+    window: int = 128,
+    sinks: int = 4,
+) -> int:
+    """Return how many slots the pool should have.
+
+    Parameters
+    ----------
+    cache_bytes
+        Memory for the cache of all layers, the pool included.
+    bytes_per_slot
+        Of all layers together: the sum of :func:`slot_bytes`.
+    max_num_seqs
+        The most requests of a step. More slots than these can hold, and one first tile of a
+        finished request for each of them, would never be used.
+    fraction
+        ``window_pool_fraction``: the share of ``cache_bytes`` to spend at most.
+    window, sinks
+        As for :class:`RecentWindow`.
+
+    Returns
+    -------
+    int
+        Slots; 0 if the share does not hold one request's, where the window should be off.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction: wanted 0 or more and less than 1, got {fraction}")
+    each = slots_per_request(window, sinks)
+    affordable = int(cache_bytes * fraction) // bytes_per_slot
+    # a prefilling request holds two windows for a step: the one it had and the one it will have
+    useful = max_num_seqs * (each + (sinks > 0)) + window_tiles(window)
+    return min(affordable, useful) if affordable >= each else 0
+
+
+@dataclass(frozen=True)
+class WindowMetrics:
+    """What the pool did so far; sums over steps except for the last two.
+
+    Attributes
+    ----------
+    steps
+        Calls of ``refresh``.
+    tiles
+        Tiles of newest tokens and sinks that requests had in those steps.
+    compressed
+        Of these, tiles without a slot: read compressed.
+    wanted, refused
+        New tiles that wanted a slot, and those that got none.
+    evicted
+        First tiles of requests not in the batch that gave up their slot.
+    in_use, slots
+        Slots that hold a copy, and all.
+    """
+
+    steps: int = 0
+    tiles: int = 0
+    compressed: int = 0
+    wanted: int = 0
+    refused: int = 0
+    evicted: int = 0
+    in_use: int = 0
+    slots: int = 0
+
+
+class RecentWindow:
+    """A device-side map from physical tiles to slots of 16-bit copies, kept up to date by step.
+
+    Parameters
+    ----------
+    num_pages, page_size
+        Of the paged cache; ``page_size`` a multiple of 16.
+    num_slots
+        Slots of the pool; the storage of a layer is float16 ``[num_slots, num_kv_heads, 2, 16,
+        padded_dim]`` and the caller's.
+    window, sinks
+        Newest tokens of each request, and first ones (0 to 16), to hold in 16 bits.
+    device
+        Where the map lives.
+    null_page
+        The page that block tables name where there is none (vLLM: 0); it never gets a slot. -1 if
+        there is no such page.
+    backend
+        ``auto``, ``triton`` or ``torch`` (plain Python on the tensors: the reference, and what a
+        CPU runs).
+
+    Attributes
+    ----------
+    tile_slots
+        int32 ``[num_pages, page_size // 16]``, contiguous: slot of each tile, or -1. Its address
+        never changes, so a captured CUDA graph may read it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was wanted and what was got.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        num_slots: int,
+        window: int,
+        sinks: int,
+        device: torch.device | str,
+        *,
+        null_page: int = 0,
+        backend: kernels.Backend = "auto",
+    ) -> None:
+        for name, value, least in (
+            ("num_pages", num_pages, 1),
+            ("page_size", page_size, TILE),
+            ("num_slots", num_slots, 1),
+            ("window", window, 0),
+            ("sinks", sinks, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: wanted an int, got {value!r}")
+            if not least <= value <= _INT32_MAX:
+                raise ValueError(f"{name}: wanted {least} or more, got {value}")
+        if page_size % TILE:
+            raise ValueError(f"page_size: wanted a multiple of {TILE}, got {page_size}")
+        if sinks > TILE:
+            raise ValueError(f"sinks: wanted at most {TILE}, one tile, got {sinks}")
+        if not window and not sinks:
+            raise ValueError("window: wanted a window or sinks, got 0 of both")
+        if num_pages * (page_size // TILE) > _INT32_MAX:
+            raise ValueError(f"num_pages: wanted fewer than 2**31 tiles, got {num_pages} pages")
+        self.page_size = page_size
+        self.num_slots = num_slots
+        self.window = window
+        self.sinks = sinks
+        self.null_page = null_page
+        self.device = torch.device(device)
+        if backend not in ("auto", "triton", "torch"):
+            raise ValueError(f"backend: wanted 'auto', 'triton' or 'torch', got {backend!r}")
+        if backend == "auto":
+            backend = "triton" if self.device.type == "cuda" else "torch"
+        self.backend = kernels.resolve_backend(backend, self.device, "pages")
+
+        def full(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=self.device)
+
+        self.tile_slots = full(-1, num_pages, page_size // TILE)
+        self._slot_tile = full(-1, num_slots)
+        self._slot_state = full(0, num_slots)
+        self._order = full(0, num_slots)
+        self._counters = full(0, 8, dtype=torch.int64)
+        self._snapshot: Tensor | None = None
+        self._pending: torch.cuda.Event | None = None
+        if self.backend == "triton":
+            # compiles now rather than in the first step; a batch of none changes nothing
+            empty = full(0, 0, 1)
+            self._launch(empty, empty[:, 0], empty[:, 0])
+        self._counters.zero_()
+
+    # --- once a step --------------------------------------------------------------------------
+
+    def refresh(self, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor) -> None:
+        """Bring the map up to date for the step that is about to run.
+
+        Parameters
+        ----------
+        block_table
+            int32 ``[batch_size, max_pages]``, rows any distance apart: pages of each request.
+            Entries past its tokens are not read.
+        seq_lens
+            int32 ``[batch_size]``: tokens of each request after the step; 0 for padding.
+        query_lens
+            int32 ``[batch_size]``: how many of them, the newest, this step writes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was wanted and what was got.
+
+        Notes
+        -----
+        On CUDA one launch, which neither allocates nor synchronises. Values are not checked, but
+        pages outside the map are passed over.
+        """
+        batch_size = seq_lens.shape[0]
+        for name, tensor, shape in (
+            ("block_table", block_table, (batch_size, None)),
+            ("seq_lens", seq_lens, (batch_size,)),
+            ("query_lens", query_lens, (batch_size,)),
+        ):
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"{name}: wanted torch.int32, got {tensor.dtype}")
+            fits = tensor.ndim == len(shape) and all(
+                want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits:
+                raise ValueError(f"{name}: wanted shape {list(shape)}, got {list(tensor.shape)}")
+            if tensor.device != self.tile_slots.device:
+                raise ValueError(
+                    f"{name}: wanted device {self.tile_slots.device}, got {tensor.device}"
+                )
+            if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                raise ValueError(
+                    f"{name}: wanted a contiguous last dimension, got strides {tensor.stride()}"
+                )
+        if self.backend == "triton":
+            self._launch(block_table, seq_lens, query_lens)
+        else:
+            self._refresh_reference(block_table, seq_lens, query_lens)
+
+    def _launch(self, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor) -> None:
+        _triton_refresh()(
+            block_table,
+            seq_lens,
+            query_lens,
+            self.tile_slots,
+            self._slot_tile,
+            self._slot_state,
+            self._order,
+            self._counters,
+            window=self.window,
+            sink_tiles=int(self.sinks > 0),
+            window_tiles=window_tiles(self.window),
+            null_page=self.null_page,
+        )
+
+    # --- pages that change behind the map's back ------------------------------------------------
+
+    def invalidate(self, pages: Tensor) -> None:
+        """Take the slots of ``pages`` (int64 or int32, any number), whose bytes others wrote.
+
+        Neither synchronises nor reads values on the host.
+        """
+        slots = self.tile_slots[pages.long()].flatten().long()
+        # a spare entry at the end takes what has no slot
+        lost = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.tile_slots.device)
+        lost[slots] = True  # -1 is the spare entry
+        lost = lost[:-1]
+        self.tile_slots[pages.long()] = -1
+        self._slot_tile.masked_fill_(lost, -1)
+        self._slot_state.masked_fill_(lost, 0)
+
+    def clear(self) -> None:
+        """Forget all copies, as after a wake from sleep; the map's address stays."""
+        self.tile_slots.fill_(-1)
+        self._slot_tile.fill_(-1)
+        self._slot_state.zero_()
+
+    # --- metrics ------------------------------------------------------------------------------
+
+    def metrics(self) -> WindowMetrics:
+        """Return the counters now; on CUDA this synchronises."""
+        return self._metrics(self._counters.cpu())
+
+    def poll(self) -> WindowMetrics | None:
+        """Return counters of a recent step without waiting, and ask for newer ones.
+
+        None until the first answer has arrived. The copy runs on the current stream.
+        """
+        if self.tile_slots.device.type != "cuda":
+            return self.metrics()
+        if self._snapshot is None:
+            self._snapshot = torch.empty(8, dtype=torch.int64, pin_memory=True)
+        found = None
+        if self._pending is not None:
+            if not self._pending.query():  # type: ignore[no-untyped-call]
+                return None
+            found = self._metrics(self._snapshot)
+        self._snapshot.copy_(self._counters, non_blocking=True)
+        self._pending = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._pending.record()
+        return found
+
+    def _metrics(self, counters: Tensor) -> WindowMetrics:
+        steps, tiles, compressed, wanted, refused, evicted, in_use, _ = counters.tolist()
+        return WindowMetrics(
+            steps, tiles, compressed, wanted, refused, evicted, in_use, self.num_slots
+        )
+
+    # --- the reference ------------------------------------------------------------------------
+
+    def _refresh_reference(self, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor) -> None:
+        """Apply the rules of this module's head one by one; equal to the kernel in every slot."""
+        table = block_table.tolist()
+        tiles_per_page = self.page_size // TILE
+        flat = self.tile_slots.view(-1)
+        num_pages = self.tile_slots.shape[0]
+        map_, owner, state = flat.tolist(), self._slot_tile.tolist(), self._slot_state.tolist()
+        state = [s & _SINK for s in state]
+        capacity = len(table[0]) * self.page_size if table else 0
+
+        rows = []
+        for row, (after, new) in enumerate(
+            zip(seq_lens.tolist(), query_lens.tolist(), strict=True)
+        ):
+            before = max(after - max(new, 0), 0)
+            rows.append((row, min(before, capacity), min(after, capacity)))
+
+        def address(row: int, tile: int) -> int | None:
+            page = table[row][tile // tiles_per_page]
+            if not 0 <= page < num_pages or page == self.null_page:
+                return None
+            return int(page * tiles_per_page + tile % tiles_per_page)
+
+        def mark(row: int, tile: int, value: int) -> None:
+            where = address(row, tile)
+            if where is not None and map_[where] >= 0:
+                state[map_[where]] = value
+
+        # rule 2: a page written again from the start is no first page any more
+        for row, before, after in rows:
+            for page in range(-(-before // self.page_size), -(-after // self.page_size)):
+                if page > 0:
+                    mark(row, page * tiles_per_page, 0)
+        # rule 1: (rank among kinds, request, tile, is a sink) of live tiles
+        live: list[tuple[int, int, int, bool]] = []
+        for row, before, after in rows:
+            if after <= 0:
+                continue
+            first = 1 if self.sinks else 0
+            if self.sinks:
+                live.append((0, row, 0, True))
+            oldest = max(after - self.window, 0) // TILE
+            newest = (after - 1) // TILE
+            if self.window:
+                late = range(newest, max(first, oldest) - 1, -1)
+                live += [(1 + rank, row, tile, False) for rank, tile in enumerate(late)]
+                early = max(first, max(before + 1 - self.window, 0) // TILE)
+                for tile in range(early, min(oldest, -(-before // TILE))):
+                    mark(row, tile, _LIVE)
+        live.sort(key=lambda entry: entry[:2])
+        for _, row, tile, is_sink in live:
+            mark(row, tile, _LIVE | _SINK if is_sink else _LIVE)
+        # rule 2: free the rest
+        counters = self._counters.tolist()
+        order = [(slot + counters[_HAND]) % self.num_slots for slot in range(self.num_slots)]
+        free = [slot for slot in order if state[slot] == 0]
+        for slot in free:
+            if owner[slot] >= 0 and map_[owner[slot]] == slot:
+                map_[owner[slot]] = -1
+            owner[slot] = -1
+        offered = free + [slot for slot in order if state[slot] == _SINK]
+        # rule 3: hand out
+        given = wanted = tiles = compressed = 0
+        for _, row, tile, is_sink in live:
+            where = address(row, tile)
+            if where is None:
+                continue
+            tiles += 1
+            if map_[where] < 0:
+                is_new = tile * TILE >= rows[row][1]
+                wanted += is_new
+                if not is_new or given == len(offered):
+                    compressed += 1
+                    continue
+                slot = offered[given]
+                given += 1
+                if owner[slot] >= 0:
+                    map_[owner[slot]] = -1
+                map_[where], owner[slot] = slot, where
+                state[slot] = _LIVE | _SINK if is_sink else _LIVE
+        counters[_STEPS] += 1
+        counters[_TILES] += tiles
+        counters[_COMPRESSED] += compressed
+        counters[_WANTED] += wanted
+        counters[_REFUSED] += wanted - given
+        counters[_EVICTED] += max(given - len(free), 0)
+        counters[_IN_USE] = self.num_slots - max(len(free) - given, 0)
+        if given:
+            counters[_HAND] = offered[given - 1] + 1
+        flat.copy_(torch.tensor(map_, dtype=torch.int32))
+        self._slot_tile.copy_(torch.tensor(owner, dtype=torch.int32))
+        self._slot_state.copy_(torch.tensor(state, dtype=torch.int32))
+        self._counters.copy_(torch.tensor(counters))
+
+
+@functools.cache
+def _triton_refresh():  # type: ignore[no-untyped-def]
+    from turbokv.kernels.triton_recent_window import refresh
+
+    return refresh
