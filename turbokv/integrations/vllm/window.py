@@ -31,6 +31,8 @@ Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes a layer
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,7 @@ _LIVE = 1
 _SINK = 2
 _STEPS, _TILES, _COMPRESSED, _WANTED, _REFUSED, _EVICTED, _IN_USE, _HAND = range(8)
 _INT32_MAX = 2**31 - 1
+_WINDOWS: weakref.WeakSet[RecentWindow] = weakref.WeakSet()
 
 
 def window_tiles(window: int) -> int:
@@ -130,6 +133,11 @@ class WindowMetrics:
     slots: int = 0
 
 
+def live_windows() -> list[RecentWindow]:
+    """Return the windows of this process, oldest first: one for each group of layers."""
+    return sorted(_WINDOWS, key=lambda window: window.number)
+
+
 class RecentWindow:
     """A device-side map from physical tiles to slots of 16-bit copies, kept up to date by step.
 
@@ -156,6 +164,10 @@ class RecentWindow:
     tile_slots
         int32 ``[num_pages, page_size // 16]``, contiguous: slot of each tile, or -1. Its address
         never changes, so a captured CUDA graph may read it.
+    number
+        Of this window among those of the process.
+    on_refresh
+        Called with the window after every refresh; None at first.
 
     Raises
     ------
@@ -221,6 +233,9 @@ class RecentWindow:
             empty = full(0, 0, 1)
             self._launch(empty, empty[:, 0], empty[:, 0])
         self._counters.zero_()
+        self.on_refresh: Callable[[RecentWindow], None] | None = None
+        self.number: int = max((window.number for window in _WINDOWS), default=-1) + 1
+        _WINDOWS.add(self)
 
     # --- once a step --------------------------------------------------------------------------
 
@@ -272,6 +287,8 @@ class RecentWindow:
             self._launch(block_table, seq_lens, query_lens)
         else:
             self._refresh_reference(block_table, seq_lens, query_lens)
+        if self.on_refresh is not None:
+            self.on_refresh(self)
 
     def _launch(self, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor) -> None:
         _triton_refresh()(
