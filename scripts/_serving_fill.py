@@ -66,7 +66,8 @@ class PageFiller(KVConnectorBase_V1):  # type: ignore[misc]
                 self._fill(ids[: -(-tokens // self.block_size)])
             _give_windows(self.pending, self.block_size)
             self.pending.clear()
-            torch.cuda.synchronize()
+            if self.caches[0].is_cuda:
+                torch.cuda.synchronize()
         return KVConnectorMetadata()
 
     def request_finished(

@@ -125,6 +125,7 @@ class Bench:
         self.capacity = int(cache.num_gpu_blocks) * int(cache.block_size)
         self.vocab = model.vocab_size
         self.max_model_len = model.max_model_len
+        self.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self.filler: Any = None
         self.number = 0
 
@@ -238,7 +239,7 @@ def child(args: argparse.Namespace) -> None:
         "config": args.child,
         "start_seconds": bench.start_seconds,
         "capacity": bench.capacity,
-        "device": bench.torch.cuda.get_device_name(),
+        "device": bench.device,
         "cells": {},
     }
     for cell in args.cells.split(","):
