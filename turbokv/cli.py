@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: turbokv demo | eval | calibrate | plan | doctor."""
+"""The command line: turbokv demo | eval | calibrate | plan | serve | doctor."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def _progress() -> Progress:
 
 def _load(path: pathlib.Path | None, dtype: str, device: str, threads: int = 0) -> LoadedModel:
     """Load a model; the one import of PyTorch and Transformers that a user waits for."""
+    # Nothing here may reach for the network: every model is a local path.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
     try:
@@ -431,6 +433,42 @@ def plan(
         console.print(planner.render(result))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
+    preset: Annotated[
+        str, typer.Option(help="Widths of K and V: tq4, tq3, tq2, tq_k5v3 ...")
+    ] = "tq4",
+    path: Annotated[
+        str | None, typer.Option(help="Prefill: native_tq, flash_attn or flashinfer.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Newest tokens kept in 16 bits.")] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens kept in 16 bits.")] = None,
+    window_pool_fraction: Annotated[
+        float | None, typer.Option(help="Share of the cache for 16-bit copies.")
+    ] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Comma list of layers left in 16 bits.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="File written by `turbokv calibrate`.")
+    ] = None,
+) -> None:
+    """Serve a model over the OpenAI API, its KV cache compressed; further options go to vLLM."""
+    from turbokv.integrations.vllm import serve as server
+
+    options = {
+        "path": path,
+        "window": window,
+        "sinks": sinks,
+        "window_pool_fraction": window_pool_fraction,
+        "skip_layers": None if skip_layers is None else _names(skip_layers, ()),
+        "calibration": calibration,
+    }
+    server.run(server.arguments(model, preset, options, context.args))
+
+
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine can run, and what to do about what it cannot."""
@@ -445,8 +483,6 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Run the command line; a mistake of the user prints one sentence and exits with 2."""
-    # The demo must not reach for the network: every model is a local path.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         app()
     except (ValueError, TypeError, FileNotFoundError) as error:
