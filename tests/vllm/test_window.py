@@ -289,41 +289,63 @@ def test_a_prefill_keeps_its_first_and_newest_tiles(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tile_that_lost_its_slot_does_not_get_one_back(backend: str) -> None:
+def test_a_request_that_comes_back_finds_its_copies(backend: str) -> None:
     window = make(backend, 20, 16, 30, 40, 4)
     row, other = list(range(1, 8)), list(range(8, 15))
     window.refresh(int32([row]), int32([50]), int32([50]))
-    assert slots_of(window, row, 50)[3] >= 0
+    held = slots_of(window, row, 50)
     window.refresh(int32([other]), int32([50]), int32([50]))  # the first one is preempted
     window.refresh(int32([row]), int32([51]), int32([1]))  # and comes back to its pages
+    assert slots_of(window, row, 51) == held
+    assert window.metrics().compressed == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tile_that_lost_its_slot_does_not_get_one_back(backend: str) -> None:
+    window = make(backend, 20, 16, 4, 40, 4)
+    row, other = list(range(1, 8)), list(range(8, 15))
+    window.refresh(int32([row]), int32([50]), int32([50]))
+    assert all(slot >= 0 for slot in slots_of(window, row, 50))
+    window.refresh(int32([other]), int32([36]), int32([36]))  # needs three of the four slots
+    window.refresh(int32([row]), int32([51]), int32([1]))
     # token 51 joins tokens 49 and 50, whose 16-bit values are gone
     assert slots_of(window, row, 51)[1:] == [-1, -1, -1]
-    assert slots_of(window, row, 51)[0] >= 0, "first tiles stay until slots are short"
+    assert slots_of(window, row, 51)[0] >= 0, "first tiles are kept longest"
     assert window.metrics().compressed == 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_first_tile_is_forgotten_when_its_page_is_written_again(backend: str) -> None:
-    window = make(backend, 30, 16, 30, 16, 4)
-    window.refresh(int32([[5, 6, 7]]), int32([40]), int32([40]))
-    assert window.tile_slots[5, 0] >= 0
-    window.refresh(int32([[9, 10]]), int32([20]), int32([20]))
-    assert window.tile_slots[5, 0] >= 0, "nobody wrote the page"
-    # page 5 is now in the middle of another request's long prompt
-    window.refresh(int32([[11, 5, 12, 13, 14]]), int32([80]), int32([80]))
-    assert window.tile_slots[5, 0] == -1
+def test_what_a_request_leaves_behind_is_freed(backend: str) -> None:
+    window = make(backend, 40, 16, 30, 40, 4)
+    row = list(range(1, 30))
+    for length in range(1, 300, 3):
+        window.refresh(int32([row]), int32([length]), int32([min(length, 3)]))
+        assert window.metrics().in_use <= 1 + window_tiles(42)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_first_tiles_of_the_absent_give_way_when_slots_are_short(backend: str) -> None:
-    window = make(backend, 30, 16, 3, 16, 4)
+def test_copies_are_forgotten_when_their_page_is_written_again(backend: str) -> None:
+    window = make(backend, 30, 16, 30, 16, 4)
+    window.refresh(int32([[5, 6, 7]]), int32([40]), int32([40]))
+    window.refresh(int32([[9, 10]]), int32([20]), int32([20]))
+    assert (window.tile_slots[[5, 6, 7], 0] >= 0).tolist() == [True, True, True]
+    # pages 5 and 6 are now in the middle of another request's long prompt
+    window.refresh(int32([[11, 5, 6, 13, 14]]), int32([80]), int32([80]))
+    assert (window.tile_slots[[5, 6, 7], 0] >= 0).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_of_the_absent_give_way_when_slots_are_short(backend: str) -> None:
+    window = make(backend, 30, 16, 5, 16, 4)
     for page in (1, 2, 3):
         window.refresh(int32([[page]]), int32([10]), int32([10]))
-    assert (window.tile_slots[1:4, 0] >= 0).all()
     window.refresh(int32([[4, 5]]), int32([30]), int32([30]))
-    assert (window.tile_slots[4:6, 0] >= 0).all()
-    assert (window.tile_slots[1:4, 0] >= 0).sum() == 1
-    assert window.tile_slots[3, 0] >= 0, "the oldest give way first"
+    assert (window.tile_slots[1:6, 0] >= 0).all()
+    # one more tile: page 5 is held by nobody's first tile, and goes before pages 1 to 4
+    window.refresh(int32([[6]]), int32([10]), int32([10]))
+    assert (window.tile_slots[1:7, 0] >= 0).tolist() == [True, True, True, True, False, True]
+    window.refresh(int32([[7]]), int32([10]), int32([10]))
+    assert (window.tile_slots[1:8, 0] >= 0).tolist() == [False, *[True] * 3, False, True, True]
     assert window.metrics().evicted == 2
 
 
@@ -346,7 +368,6 @@ def test_rejected_drafts_leave_no_gap(backend: str) -> None:
     window.refresh(int32([row]), int32([35]), int32([5]))  # four drafts, tokens 31 to 34
     assert slots_of(window, row, 35)[2] >= 0
     window.refresh(int32([row]), int32([32]), int32([1]))  # all rejected: token 32 starts over
-    assert window.tile_slots[3, 0] == -1
     window.refresh(int32([row]), int32([33]), int32([1]))
     assert all(slot >= 0 for slot in slots_of(window, row, 33))
     assert window.metrics().compressed == 0
@@ -396,7 +417,7 @@ def test_the_pool_fits_its_share() -> None:
     assert slots_per_request(128, 4) * each == 23_592_960
     slots = pool_slots(48 << 30, each, 256)
     assert slots * each <= 0.02 * (48 << 30) < (slots + 1) * each
-    assert pool_slots(48 << 30, each, 4) == 4 * 11 + 9
+    assert pool_slots(48 << 30, each, 4) == 80
     assert pool_slots(1 << 30, each, 4) == 0
     with pytest.raises(ValueError, match="fraction: wanted 0 or more"):
         pool_slots(1 << 30, each, 4, fraction=1.0)

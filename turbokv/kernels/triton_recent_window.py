@@ -19,15 +19,17 @@ from torch import Tensor
 from turbokv.kernels.triton_kernels import device_guard
 
 TILE = 16
-# Of a slot, in this step.
+# Of a slot, in this step: its tile is live, is some request's first, was live in the step before.
 LIVE = 1
 SINK = 2
+LEFT = 4
 # Of the counters, int64: sums over steps but for the last two.
 STEPS, TILES, COMPRESSED, WANTED, REFUSED, EVICTED, IN_USE, HAND = range(8)
 
 _TILE = tl.constexpr(TILE)
 _LIVE = tl.constexpr(LIVE)
 _SINK = tl.constexpr(SINK)
+_LEFT = tl.constexpr(LEFT)
 _BLOCK = 1024
 
 
@@ -98,6 +100,7 @@ def _recent_window_kernel(
     query_lens_ptr,
     tile_slots_ptr,
     slot_tile_ptr,
+    slot_index_ptr,
     slot_state_ptr,
     order_ptr,
     counters_ptr,
@@ -116,48 +119,48 @@ def _recent_window_kernel(
     lane = tl.arange(0, BLOCK)
     total = batch_size * (SINK_TILES + 2 * WINDOW_TILES)
 
-    # 1. no slot is live yet
+    # 1. no slot is live yet; those that were are remembered
     start = 0
     while start < num_slots:
         slot = start + lane
         state = tl.load(slot_state_ptr + slot, mask=slot < num_slots, other=0)
-        tl.store(slot_state_ptr + slot, state & _SINK, mask=slot < num_slots)
+        state = tl.where((state & _LIVE) != 0, (state & _SINK) | _LEFT, state & _SINK)
+        tl.store(slot_state_ptr + slot, state, mask=slot < num_slots)
         start += BLOCK
     tl.debug_barrier()
 
-    # 2. a page that this step writes from its start is nobody's first block any more, but its own
-    # request's
+    # 2. tiles that this step writes from their first token start anew
     most = 0
     start = 0
     while start < batch_size:
         row = start + lane
         before, after = _lengths(seq_lens_ptr, query_lens_ptr, row, row < batch_size, max_tokens)
-        first = (before + _TILE * TILES_PER_PAGE - 1) // (_TILE * TILES_PER_PAGE)
-        end = (after + _TILE * TILES_PER_PAGE - 1) // (_TILE * TILES_PER_PAGE)
-        most = tl.maximum(most, tl.max(end - first, 0))
+        count = (after + _TILE - 1) // _TILE - (before + _TILE - 1) // _TILE
+        most = tl.maximum(most, tl.max(count, 0))
         start += BLOCK
     start = 0
     while start < most * batch_size:
         row = (start + lane) % batch_size
         before, after = _lengths(seq_lens_ptr, query_lens_ptr, row, row < batch_size, max_tokens)
-        first = (before + _TILE * TILES_PER_PAGE - 1) // (_TILE * TILES_PER_PAGE)
-        tile = (first + (start + lane) // batch_size) * TILES_PER_PAGE
+        tile = (before + _TILE - 1) // _TILE + (start + lane) // batch_size
         address, live = _address(
             block_table_ptr,
             row,
             tile,
-            (tile * _TILE < after) & (tile > 0),
+            tile * _TILE < after,
             block_table_stride,
             num_pages,
             null_page,
             TILES_PER_PAGE,
         )
         slot = tl.load(tile_slots_ptr + address, mask=live, other=-1)
+        tl.store(tile_slots_ptr + address, -1, mask=slot >= 0)
+        tl.store(slot_tile_ptr + slot, -1, mask=slot >= 0)
         tl.store(slot_state_ptr + slot, 0, mask=slot >= 0)
         start += BLOCK
     tl.debug_barrier()
 
-    # 3. slots of tiles in some window, and of first blocks, are live
+    # 3. slots of tiles in some window, and of first tiles, are live
     start = 0
     while start < total:
         row, tile, live, is_sink, _, _ = _candidate(
@@ -185,38 +188,78 @@ def _recent_window_kernel(
         start += BLOCK
     tl.debug_barrier()
 
-    # 4. all others are freed, but for first blocks, which give way only when slots are short
-    hand = tl.load(counters_ptr + 7).to(tl.int32)
-    free = 0
+    # 4. what left a window is freed if its request goes on without it; what belonged to a request
+    # that is not in the batch stays, in case it comes back. First the list of such slots,
+    left = 0
     start = 0
     while start < num_slots:
         slot = start + lane
-        mine = slot < num_slots
-        owner = tl.load(slot_tile_ptr + slot, mask=mine, other=-1)
-        state = tl.load(slot_state_ptr + slot, mask=mine, other=_LIVE)
-        gone = mine & (state == 0)
-        mapped = tl.load(tile_slots_ptr + owner, mask=gone & (owner >= 0), other=-1)
-        tl.store(tile_slots_ptr + owner, -1, mask=gone & (owner >= 0) & (mapped == slot))
-        tl.store(slot_tile_ptr + slot, -1, mask=gone)
-        free += tl.sum(gone.to(tl.int32), 0)
+        state = tl.load(slot_state_ptr + slot, mask=slot < num_slots, other=0)
+        is_left = (state == _LEFT).to(tl.int32)
+        tl.store(order_ptr + left + tl.cumsum(is_left, 0) - 1, slot, mask=is_left > 0)
+        left += tl.sum(is_left, 0)
         start += BLOCK
+    tl.debug_barrier()
+    # then every one of them against every request.
+    start = 0
+    while start < left * batch_size:
+        mine = start + lane < left * batch_size
+        row = (start + lane) % batch_size
+        slot = tl.load(order_ptr + (start + lane) // batch_size, mask=mine, other=0)
+        owner = tl.load(slot_tile_ptr + slot, mask=mine, other=-1)
+        tile = tl.load(slot_index_ptr + slot, mask=mine, other=0)
+        _, after = _lengths(seq_lens_ptr, query_lens_ptr, row, mine, max_tokens)
+        address, live = _address(
+            block_table_ptr,
+            row,
+            tile,
+            mine & (tile * _TILE < after),
+            block_table_stride,
+            num_pages,
+            null_page,
+            TILES_PER_PAGE,
+        )
+        gone = live & (owner >= 0) & (address == owner)
+        mapped = tl.load(tile_slots_ptr + owner, mask=gone, other=-1)
+        tl.store(tile_slots_ptr + owner, -1, mask=gone & (mapped == slot))
+        tl.store(slot_tile_ptr + slot, -1, mask=gone)
+        start += BLOCK
+    tl.debug_barrier()
+    # Then the order in which slots are given away: free ones, those of absent requests, and their
+    # first tiles last, since every continuation of a prompt wants them.
+    hand = tl.load(counters_ptr + 7).to(tl.int32)
+    free = 0
+    idle = 0
+    start = 0
+    while start < num_slots:
+        mine = start + lane < num_slots
+        owner = tl.load(slot_tile_ptr + start + lane, mask=mine, other=-1)
+        state = tl.load(slot_state_ptr + start + lane, mask=mine, other=_LIVE) & ~_LEFT
+        tl.store(slot_state_ptr + start + lane, state, mask=mine)
+        free += tl.sum((mine & (owner < 0)).to(tl.int32), 0)
+        idle += tl.sum((mine & (owner >= 0) & (state == 0)).to(tl.int32), 0)
+        start += BLOCK
+    tl.debug_barrier()
     free_before = 0
-    idle_before = 0
+    idle_before = free
+    sinks_before = free + idle
     start = 0
     while start < num_slots:
         mine = start + lane < num_slots
         slot = (start + lane + hand) % num_slots
+        owner = tl.load(slot_tile_ptr + slot, mask=mine, other=-1)
         state = tl.load(slot_state_ptr + slot, mask=mine, other=_LIVE)
-        is_free = (mine & (state == 0)).to(tl.int32)
-        is_idle = (mine & (state == _SINK)).to(tl.int32)
-        free_rank = free_before + tl.cumsum(is_free, 0) - 1
-        idle_rank = free + idle_before + tl.cumsum(is_idle, 0) - 1
-        tl.store(order_ptr + free_rank, slot, mask=is_free > 0)
-        tl.store(order_ptr + idle_rank, slot, mask=is_idle > 0)
+        is_free = (mine & (owner < 0)).to(tl.int32)
+        is_idle = (mine & (owner >= 0) & (state == 0)).to(tl.int32)
+        is_sink = (mine & (owner >= 0) & (state == _SINK)).to(tl.int32)
+        tl.store(order_ptr + free_before + tl.cumsum(is_free, 0) - 1, slot, mask=is_free > 0)
+        tl.store(order_ptr + idle_before + tl.cumsum(is_idle, 0) - 1, slot, mask=is_idle > 0)
+        tl.store(order_ptr + sinks_before + tl.cumsum(is_sink, 0) - 1, slot, mask=is_sink > 0)
         free_before += tl.sum(is_free, 0)
         idle_before += tl.sum(is_idle, 0)
+        sinks_before += tl.sum(is_sink, 0)
         start += BLOCK
-    offered = free + idle_before
+    offered = sinks_before
     tl.debug_barrier()
 
     # 5. tiles that this step writes from their first token get what there is
@@ -255,6 +298,7 @@ def _recent_window_kernel(
         tl.store(tile_slots_ptr + loser, -1, mask=gets & (loser >= 0) & (mapped == slot))
         tl.store(tile_slots_ptr + address, slot, mask=gets)
         tl.store(slot_tile_ptr + slot, address, mask=gets)
+        tl.store(slot_index_ptr + slot, tile, mask=gets)
         tl.store(slot_state_ptr + slot, tl.where(is_sink, _LIVE | _SINK, _LIVE), mask=gets)
         wanted += tl.sum(wants, 0)
         tiles += tl.sum((live & counts).to(tl.int32), 0)
@@ -280,6 +324,7 @@ def refresh(
     query_lens: Tensor,
     tile_slots: Tensor,
     slot_tile: Tensor,
+    slot_index: Tensor,
     slot_state: Tensor,
     order: Tensor,
     counters: Tensor,
@@ -298,6 +343,7 @@ def refresh(
             query_lens,
             tile_slots,
             slot_tile,
+            slot_index,
             slot_state,
             order,
             counters,

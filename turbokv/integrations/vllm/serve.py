@@ -45,7 +45,7 @@ def arguments(
     for word in extra:
         if word.split("=", 1)[0].replace("_", "-") in _TAKEN:
             raise ValueError(
-                f"{word.split('=', 1)[0]}: wanted --preset and the other options of `turbokv serve`,"
+                f"{word.split('=', 1)[0]}: wanted --preset and other options of `turbokv serve`,"
                 " which set it, got both"
             )
     ours = {name: value for name, value in options.items() if value is not None}

@@ -11,13 +11,16 @@ table that the step will use. Its rules:
 
 1. *Live* are the tiles that hold any of a request's newest ``window`` tokens after the step, any of
    those that the step's first query sees, and a request's first tile if ``sinks`` are wanted.
-2. A live tile keeps its slot. Any other tile loses it, except a first tile, which keeps it until
-   its page is written again from the start, or until slots are short.
-3. A live tile without a slot gets one if and only if this step writes it from its first token.
+2. A tile that the step writes from its first token loses the slot it had, whoever had it.
+3. A live tile keeps its slot. A tile that is live no more loses it if a request of the batch goes
+   on without it. If no request of the batch holds it (finished, preempted, not scheduled), it keeps
+   the slot until slots are short: whoever continues its tokens finds them in 16 bits. First tiles
+   are kept longest.
+4. A live tile without a slot gets one if and only if this step writes it from its first token.
    Sinks come first, then the newest tile of every request, and so on.
 
 The invariant: *a slot holds all tokens of its tile that were written since the tile's first token
-last was*. Rule 3 starts it so, :func:`turbokv.kernels.cuda.ops.store` writes the slot along with
+last was*. Rule 4 starts it so, :func:`turbokv.kernels.cuda.ops.store` writes the slot along with
 the codes as long as the map names it, and a tile that lost its slot cannot get one back, since its
 16-bit values are gone. So a prefix hit, a preempted and resumed request, a reordered batch and a
 rolled-back draft read what was stored, in 16 bits where a slot survived and compressed elsewhere.
@@ -41,9 +44,10 @@ from torch import Tensor
 from turbokv import kernels
 
 TILE = 16
-# Of a slot, in this step.
+# Of a slot, in this step: its tile is live, is some request's first, was live in the step before.
 _LIVE = 1
 _SINK = 2
+_LEFT = 4
 _STEPS, _TILES, _COMPRESSED, _WANTED, _REFUSED, _EVICTED, _IN_USE, _HAND = range(8)
 _INT32_MAX = 2**31 - 1
 _WINDOWS: weakref.WeakSet[RecentWindow] = weakref.WeakSet()
@@ -82,8 +86,7 @@ def pool_slots(
     bytes_per_slot
         Of all layers together: the sum of :func:`slot_bytes`.
     max_num_seqs
-        The most requests of a step. More slots than these can hold, and one first tile of a
-        finished request for each of them, would never be used.
+        The most requests of a step. More slots than twice what these can hold are hardly ever used.
     fraction
         ``window_pool_fraction``: the share of ``cache_bytes`` to spend at most.
     window, sinks
@@ -98,8 +101,8 @@ def pool_slots(
         raise ValueError(f"fraction: wanted 0 or more and less than 1, got {fraction}")
     each = slots_per_request(window, sinks)
     affordable = int(cache_bytes * fraction) // bytes_per_slot
-    # a prefilling request holds two windows for a step: the one it had and the one it will have
-    useful = max_num_seqs * (each + (sinks > 0)) + window_tiles(window)
+    # a prefilling request holds two windows for a step, and those that left may come back
+    useful = 2 * max_num_seqs * each
     return min(affordable, useful) if affordable >= each else 0
 
 
@@ -118,7 +121,7 @@ class WindowMetrics:
     wanted, refused
         New tiles that wanted a slot, and those that got none.
     evicted
-        First tiles of requests not in the batch that gave up their slot.
+        Tiles of requests not in the batch that gave up their slot.
     in_use, slots
         Slots that hold a copy, and all.
     """
@@ -223,6 +226,7 @@ class RecentWindow:
 
         self.tile_slots = full(-1, num_pages, page_size // TILE)
         self._slot_tile = full(-1, num_slots)
+        self._slot_index = full(0, num_slots)  # which tile of its request
         self._slot_state = full(0, num_slots)
         self._order = full(0, num_slots)
         self._counters = full(0, 8, dtype=torch.int64)
@@ -297,6 +301,7 @@ class RecentWindow:
             query_lens,
             self.tile_slots,
             self._slot_tile,
+            self._slot_index,
             self._slot_state,
             self._order,
             self._counters,
@@ -368,7 +373,8 @@ class RecentWindow:
         flat = self.tile_slots.view(-1)
         num_pages = self.tile_slots.shape[0]
         map_, owner, state = flat.tolist(), self._slot_tile.tolist(), self._slot_state.tolist()
-        state = [s & _SINK for s in state]
+        index = self._slot_index.tolist()
+        state = [(s & _SINK) | (_LEFT if s & _LIVE else 0) for s in state]
         capacity = len(table[0]) * self.page_size if table else 0
 
         rows = []
@@ -389,11 +395,17 @@ class RecentWindow:
             if where is not None and map_[where] >= 0:
                 state[map_[where]] = value
 
-        # rule 2: a page written again from the start is no first page any more
+        def free(slot: int) -> None:
+            if map_[owner[slot]] == slot:
+                map_[owner[slot]] = -1
+            owner[slot], state[slot] = -1, 0
+
+        # rule 2
         for row, before, after in rows:
-            for page in range(-(-before // self.page_size), -(-after // self.page_size)):
-                if page > 0:
-                    mark(row, page * tiles_per_page, 0)
+            for tile in range(-(-before // TILE), -(-after // TILE)):
+                where = address(row, tile)
+                if where is not None and map_[where] >= 0:
+                    free(map_[where])
         # rule 1: (rank among kinds, request, tile, is a sink) of live tiles
         live: list[tuple[int, int, int, bool]] = []
         for row, before, after in rows:
@@ -413,16 +425,21 @@ class RecentWindow:
         live.sort(key=lambda entry: entry[:2])
         for _, row, tile, is_sink in live:
             mark(row, tile, _LIVE | _SINK if is_sink else _LIVE)
-        # rule 2: free the rest
+        # rule 3
+        for slot in range(self.num_slots):
+            if state[slot] == _LEFT and any(
+                index[slot] * TILE < after and address(row, index[slot]) == owner[slot]
+                for row, _, after in rows
+            ):
+                free(slot)
+            state[slot] &= ~_LEFT
+        # rule 4
         counters = self._counters.tolist()
         order = [(slot + counters[_HAND]) % self.num_slots for slot in range(self.num_slots)]
-        free = [slot for slot in order if state[slot] == 0]
-        for slot in free:
-            if owner[slot] >= 0 and map_[owner[slot]] == slot:
-                map_[owner[slot]] = -1
-            owner[slot] = -1
-        offered = free + [slot for slot in order if state[slot] == _SINK]
-        # rule 3: hand out
+        unused = [slot for slot in order if owner[slot] < 0]
+        held = [slot for slot in order if owner[slot] >= 0]
+        offered = unused + [slot for slot in held if state[slot] == 0]
+        offered += [slot for slot in held if state[slot] == _SINK]
         given = wanted = tiles = compressed = 0
         for _, row, tile, is_sink in live:
             where = address(row, tile)
@@ -438,20 +455,21 @@ class RecentWindow:
                 slot = offered[given]
                 given += 1
                 if owner[slot] >= 0:
-                    map_[owner[slot]] = -1
-                map_[where], owner[slot] = slot, where
+                    free(slot)
+                map_[where], owner[slot], index[slot] = slot, where, tile
                 state[slot] = _LIVE | _SINK if is_sink else _LIVE
         counters[_STEPS] += 1
         counters[_TILES] += tiles
         counters[_COMPRESSED] += compressed
         counters[_WANTED] += wanted
         counters[_REFUSED] += wanted - given
-        counters[_EVICTED] += max(given - len(free), 0)
-        counters[_IN_USE] = self.num_slots - max(len(free) - given, 0)
+        counters[_EVICTED] += max(given - len(unused), 0)
+        counters[_IN_USE] = self.num_slots - max(len(unused) - given, 0)
         if given:
             counters[_HAND] = offered[given - 1] + 1
         flat.copy_(torch.tensor(map_, dtype=torch.int32))
         self._slot_tile.copy_(torch.tensor(owner, dtype=torch.int32))
+        self._slot_index.copy_(torch.tensor(index, dtype=torch.int32))
         self._slot_state.copy_(torch.tensor(state, dtype=torch.int32))
         self._counters.copy_(torch.tensor(counters))
 
