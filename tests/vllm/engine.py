@@ -1,0 +1,142 @@
+"""Run vLLM in this process and compare what it answers."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+TOP = 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens of one request, and the most likely tokens at each with their logprobs."""
+
+    tokens: tuple[int, ...]
+    top: tuple[dict[int, float], ...]
+
+
+@contextlib.contextmanager
+def engine(model: str, kv_cache_dtype: str = "auto", **overrides: Any) -> Iterator[Any]:
+    """Make an engine without compilation, and take it down again."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "model": model,
+        "kv_cache_dtype": kv_cache_dtype,
+        "dtype": "bfloat16",
+        "max_model_len": 4096,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 30,
+        "max_logprobs": TOP,
+        "seed": 0,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+        },
+    }
+    if kv_cache_dtype == "auto":
+        overrides.pop("turbokv", None)
+    else:
+        settings["additional_config"] = {"turbokv": overrides.pop("turbokv", {})}
+    settings.update(overrides)
+    llm = LLM(**settings)
+    try:
+        yield llm
+    finally:
+        with contextlib.suppress(Exception):
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        _take_down()
+
+
+def _take_down() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+
+    cleanup_dist_env_and_memory()
+    # the pool of CUDA graphs dies with the last of them, but its handle stays
+    type(current_platform)._global_graph_pool = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def prompts(lengths: Sequence[int], vocab: int, seed: int = 0, shared: int = 0) -> list[list[int]]:
+    """Return random prompts, the first ``shared`` tokens of all of them equal."""
+    rng = random.Random(seed)
+    common = [rng.randrange(3, vocab) for _ in range(shared)]
+    return [
+        (common + [rng.randrange(3, vocab) for _ in range(max(0, length - shared))])[:length]
+        for length in lengths
+    ]
+
+
+def ask(
+    llm: Any, requests: Sequence[Sequence[int]], max_tokens: int = 16, **sampling: Any
+) -> list[Answer]:
+    """Answer requests greedily, all submitted at once."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=TOP,
+        detokenize=False,
+        ignore_eos=True,
+        **sampling,
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(ids)} for ids in requests], params, use_tqdm=False
+    )
+    return [
+        Answer(
+            tuple(out.outputs[0].token_ids),
+            tuple({t: p.logprob for t, p in step.items()} for step in out.outputs[0].logprobs),
+        )
+        for out in outputs
+    ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far answers are from a reference, where both had the same tokens before.
+
+    ``error`` is the mean difference of logprobs over the reference's most likely tokens,
+    ``worst`` the largest mean of one position, ``agreed`` the share of compared positions whose
+    token is the same, ``positions`` how many were compared.
+    """
+
+    error: float
+    worst: float
+    agreed: float
+    positions: int
+
+
+def compare(got: Sequence[Answer], wanted: Sequence[Answer], top: int = 5) -> Difference:
+    """Compare position by position until the tokens part."""
+    errors: list[float] = []
+    same = 0
+    for a, b in zip(got, wanted, strict=True):
+        for step, (token, want) in enumerate(zip(a.tokens, b.tokens, strict=False)):
+            likely = sorted(b.top[step].items(), key=lambda item: -item[1])[:top]
+            floor = min(a.top[step].values())
+            parts = [abs(a.top[step].get(t, floor) - p) for t, p in likely]
+            errors.append(sum(parts) / len(parts))
+            same += token == want
+            if token != want:
+                break
+    return Difference(sum(errors) / len(errors), max(errors), same / len(errors), len(errors))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused at start-up, each with a sentence, and what the options change in vLLM's config.
+
+Everything that would otherwise fail in the middle of serving, or answer wrongly, belongs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from turbokv.integrations.vllm import identity_kv
+from turbokv.integrations.vllm.dtypes import MAX_HEAD_DIM, MIN_HEAD_DIM
+from turbokv.integrations.vllm.options import Options
+
+# Rows of one request that the decode kernel attends with in one call; longer ones are prefill.
+MAX_DECODE_QUERIES = 8
+
+
+def _parallel(config: Any) -> Iterator[str]:
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        yield "decode context parallelism is not supported; use tensor parallelism"
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        yield "prefill context parallelism is not supported; use tensor parallelism"
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
+        yield "dual-batch overlap is not supported: two batches would share one workspace"
+
+
+def _model(config: Any) -> Iterator[str]:
+    model = config.model_config
+    if model.use_mla:
+        yield "multi-head latent attention is not supported: it keeps no keys and values to compress"
+        return
+    if getattr(model, "is_encoder_decoder", False):
+        yield "encoder-decoder models are not supported"
+    if getattr(model, "is_mm_prefix_lm", False):
+        yield "bidirectional attention over image tokens is not supported"
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        yield f"activations of {model.dtype} are not supported; use float16 or bfloat16"
+    head_dim = model.get_head_size()
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        yield f"head_dim: wanted {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+
+
+def max_decode_queries(config: Any) -> int:
+    """Return the most queries of one request in a step of pure decoding: 1, and the drafts."""
+    speculative = config.speculative_config
+    if speculative is None or speculative.num_speculative_tokens is None:
+        return 1
+    drafts = int(speculative.num_speculative_tokens)
+    return 1 + (2 * drafts if getattr(speculative, "parallel_drafting", False) else drafts)
+
+
+def _speculation(config: Any, options: Options) -> Iterator[str]:
+    queries = max_decode_queries(config)
+    if queries > MAX_DECODE_QUERIES:
+        yield (
+            f"num_speculative_tokens: wanted at most {MAX_DECODE_QUERIES - 1} (the decode kernel"
+            f" verifies {MAX_DECODE_QUERIES} tokens at a time; parallel drafting counts twice),"
+            f" got {config.speculative_config.num_speculative_tokens}"
+        )
+    if queries > 1 and options.decode == "decompress":
+        yield "turbokv.decode='decompress' is not supported with speculative decoding"
+
+
+def _cache(config: Any, options: Options) -> Iterator[str]:
+    cache, attention = config.cache_config, config.attention_config
+    if attention.backend is not None and attention.backend.name != "TURBOKV":
+        yield f"attention_backend: wanted TURBOKV or none, got {attention.backend.name}"
+    if getattr(attention, "use_non_causal", False):
+        yield "non-causal attention is not supported"
+    skipped = {*options.skip_layers, *map(str, cache.kv_cache_dtype_skip_layers or ())}
+    if skipped and config.model_config.is_hybrid:
+        yield (
+            "skip_layers is not supported for models that mix attention with linear layers: every"
+            " page would be padded to the size of a 16-bit one"
+        )
+    if config.cache_config.block_size is not None and config.cache_config.block_size % 16:
+        yield f"block_size: wanted a multiple of 16, got {config.cache_config.block_size}"
+
+
+def problems(config: Any, options: Options) -> list[str]:
+    """Return why ``config`` cannot be served with a TurboKV cache; empty if it can."""
+    return [
+        *_parallel(config),
+        *_model(config),
+        *_speculation(config, options),
+        *_cache(config, options),
+    ]
+
+
+def check_and_update(config: Any) -> None:
+    """Raise ValueError naming everything that is not supported, else apply the options.
+
+    Parameters
+    ----------
+    config
+        vLLM's ``VllmConfig``. ``cache_config.kv_cache_dtype_skip_layers`` is extended, and a
+        backend asked for by name is forgotten: it follows from the dtype, and layers that stay in
+        16 bits need another.
+    """
+    options = Options.from_config(config.additional_config)
+    if config.model_config is None:
+        return
+    found = problems(config, options)
+    if found:
+        name = config.cache_config.cache_dtype
+        raise ValueError(f"kv_cache_dtype={name}: " + "; ".join(found))
+    skipped = dict.fromkeys([*(config.cache_config.kv_cache_dtype_skip_layers or ())])
+    skipped.update(dict.fromkeys(options.skip_layers))
+    if skipped:
+        config.cache_config.kv_cache_dtype_skip_layers = list(skipped)
+    config.attention_config.backend = None
+    identity_kv.check_and_update(config)

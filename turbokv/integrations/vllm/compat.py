@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that depends on which vLLM this is: 0.26.0 with our patch.
+
+Newer versions have extension points of their own for cache dtypes and page sizes; what changes with
+them changes here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVQuantMode, SlidingWindowSpec, TQFullAttentionSpec
+from vllm.v1.worker import workspace as vllm_workspace
+
+from turbokv.integrations.vllm.dtypes import slot_bytes
+
+
+def layer_spec(layer: Any, vllm_config: Any) -> Any:
+    """Return the KV cache spec of ``layer``: pages of our size, of the kind the layer needs.
+
+    Raises
+    ------
+    ValueError
+        If keys and values of the layer differ in size.
+    """
+    if layer.head_size_v != layer.head_size:
+        raise ValueError(
+            f"{layer.layer_name}: wanted keys and values of one size for kv_cache_dtype="
+            f"{layer.kv_cache_dtype}, got {layer.head_size} and {layer.head_size_v}; list the layer"
+            " in skip_layers"
+        )
+    common = {
+        "block_size": vllm_config.cache_config.block_size,
+        "num_kv_heads": layer.num_kv_heads,
+        "head_size": layer.head_size,
+        "head_size_v": layer.head_size_v,
+        "dtype": torch.uint8,
+        "kv_quant_mode": KVQuantMode.TURBOKV,
+        "tq_slot_size": slot_bytes(layer.kv_cache_dtype, layer.head_size),
+    }
+    window = layer.sliding_window
+    if window is None:
+        return TQFullAttentionSpec(**common)
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        # vLLM would turn a sliding window into a full spec itself, and lose the size of our pages
+        return TQFullAttentionSpec(sliding_window=window, **common)
+    return SlidingWindowSpec(sliding_window=window, **common)
+
+
+def layer_metadata(layer_name: str) -> Any:
+    """Return the attention metadata of a layer in the forward pass under way, or None."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):  # two-batch overlap: one per micro-batch
+        metadata = metadata[0]
+    return metadata.get(layer_name) if isinstance(metadata, dict) else metadata
+
+
+def own_layer(impl: Any, vllm_config: Any) -> tuple[str, Any]:
+    """Return name and layer that ``impl`` was made for."""
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if getattr(layer, "impl", None) is impl:
+            return name, layer
+    raise RuntimeError("the attention layer of this implementation is not registered with vLLM")
+
+
+def layer_index(name: str) -> int:
+    """Return the number of the decoder layer that an attention layer's name holds."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return int(extract_layer_index(name))
+
+
+def tensor_parallel() -> tuple[int, int]:
+    """Return this process's tensor-parallel rank, and how many there are."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def device() -> torch.device:
+    """Return the device of this process: its GPU, else the CPU, where tests run."""
+    if current_platform.is_cuda() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def free_cache_bytes(vllm_config: Any) -> int:
+    """Estimate what the KV cache will get, from the memory that is free now.
+
+    Called when weights are loaded and nothing else is: activations and graphs still come off.
+    """
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes:
+        return int(cache.kv_cache_memory_bytes)
+    if device().type != "cuda":
+        return 1 << 30
+    free, total = torch.cuda.mem_get_info()
+    return max(0, int(total * cache.gpu_memory_utilization) - (total - free))
+
+
+@functools.cache
+def flash_attention() -> Any:
+    """Return vLLM's variable-length FlashAttention."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def flash_attention_version(head_dim: int) -> int | None:
+    """Return which FlashAttention serves heads of this size here, or None if none does."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version: int | None = get_flash_attn_version(head_size=head_dim)
+    if version is None:
+        return None
+    limit = 512 if version == 4 else 256
+    return version if head_dim <= limit and head_dim % 8 == 0 else None
+
+
+def merge_attention(
+    out: Tensor, out_lse: Tensor, a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor
+) -> None:
+    """Merge attention over two disjoint sets of tokens into ``out`` (which may be ``b``).
+
+    Outputs are ``[tokens, num_heads, head_dim]``, log-sum-exps float32 ``[num_heads, tokens]``,
+    natural; ``out_lse`` must be neither of the others.
+    """
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+    merge_attn_states(out, a, a_lse, b, b_lse, output_lse=out_lse)
+
+
+def scratch_manager() -> Any | None:
+    """Return vLLM's manager of scratch memory, or None where the worker has none."""
+    if vllm_workspace.is_workspace_manager_initialized():
+        return vllm_workspace.current_workspace_manager()
+    return None

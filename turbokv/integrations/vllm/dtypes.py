@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of vLLM's ``--kv-cache-dtype`` that are ours, and the bytes a token takes under each.
+
+Names say the widths of keys and values. This module imports nothing of vLLM: vLLM imports it while
+its own configuration is still being defined.
+"""
+
+from __future__ import annotations
+
+from turbokv import core
+from turbokv.paged import MIN_PADDED_DIM, TILE, PageLayout
+
+# Name to (k_bits, v_bits): the presets that `turbokv plan` knows.
+CACHE_DTYPES: dict[str, tuple[int, int]] = {
+    "tq4": (4, 4),
+    "tq3": (3, 3),
+    "tq2": (2, 2),
+    "tq_k8v4": (8, 4),
+    "tq_k5v5": (5, 5),
+    "tq_k5v4": (5, 4),
+    "tq_k5v3": (5, 3),
+    "tq_k4v3": (4, 3),
+    "tq_k4v2": (4, 2),
+    "tq_k3v2": (3, 2),
+}
+MIN_HEAD_DIM = MIN_PADDED_DIM // 2 + 1
+MAX_HEAD_DIM = core.MAX_HEAD_DIM
+
+
+def cache_widths(name: str) -> tuple[int, int]:
+    """Return ``(k_bits, v_bits)`` of a cache dtype.
+
+    Raises
+    ------
+    ValueError
+        If the dtype is not one of ours.
+    """
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype: wanted one of {list(CACHE_DTYPES)}, got {name!r}")
+    return CACHE_DTYPES[name]
+
+
+def slot_bytes(name: str, head_dim: int) -> int:
+    """Return the bytes that a token and KV head takes in a page: codes and scales of K and V.
+
+    vLLM sizes pages by ``block_size * num_kv_heads * slot_bytes``. A page of 16 tokens is a
+    multiple of 16 bytes at any width, so slots themselves need no alignment.
+    """
+    k_bits, v_bits = cache_widths(name)
+    # KV connectors ask for the shape of a cache of one-element heads, to see its rank alone
+    dim = max(head_dim, MIN_HEAD_DIM)
+    return PageLayout(dim, k_bits, v_bits, TILE, 1).bytes_per_token

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the patched vLLM calls: the whole surface between the two, as plain functions.
+
+Nothing of vLLM is imported here, because vLLM imports this module while it starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turbokv.integrations.vllm.dtypes import CACHE_DTYPES, slot_bytes
+
+__all__ = [
+    "CACHE_DTYPES",
+    "after_worker_call",
+    "check_and_update_config",
+    "is_turbokv",
+    "layer_spec",
+    "token_page_bytes",
+]
+
+
+def is_turbokv(kv_cache_dtype: object) -> bool:
+    """Whether a ``kv_cache_dtype`` is one of ours."""
+    return kv_cache_dtype in CACHE_DTYPES
+
+
+def check_and_update_config(vllm_config: Any) -> None:
+    """Refuse at start-up what cannot work, and bring the options into vLLM's configuration.
+
+    Does nothing unless the cache dtype is ours. Called once the configuration is complete and
+    before any layer is made.
+    """
+    if is_turbokv(vllm_config.cache_config.cache_dtype):
+        from turbokv.integrations.vllm import checks
+
+        checks.check_and_update(vllm_config)
+
+
+def token_page_bytes(vllm_config: Any) -> int:
+    """Return the bytes that a token takes in a page of one layer of the model."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    slot = slot_bytes(vllm_config.cache_config.cache_dtype, model.get_head_size())
+    return int(model.get_num_kv_heads(parallel)) * slot
+
+
+def layer_spec(layer: Any, vllm_config: Any) -> Any:
+    """Return the KV cache spec of an attention layer whose cache dtype is ours."""
+    from turbokv.integrations.vllm import compat
+
+    return compat.layer_spec(layer, vllm_config)
+
+
+def after_worker_call(engine_core: Any, method: Any) -> None:
+    """Forget cached pages after workers took other weights; at the end of every worker call."""
+    if is_turbokv(engine_core.vllm_config.cache_config.cache_dtype):
+        from turbokv.integrations.vllm import identity_kv
+
+        identity_kv.after_worker_call(engine_core, method)

@@ -1,0 +1,454 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer: stores fresh keys and values compressed, and attends to the pages."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from turbokv.calibration import Calibration
+from turbokv.integrations.vllm import compat, identity_kv, scratch
+from turbokv.integrations.vllm.checks import max_decode_queries
+from turbokv.integrations.vllm.layer import (
+    CacheLayer,
+    check_calibration,
+    head_slice,
+    total_copy_bytes,
+)
+from turbokv.integrations.vllm.metadata import (
+    MAX_SINGLE_EXPANSIONS,
+    PrefillGroup,
+    TurboKVMetadata,
+)
+from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.prefill_plan import workspace_floor
+from turbokv.integrations.vllm.window import pool_slots
+
+logger = init_logger(__name__)
+
+
+class TurboKVImpl(AttentionImpl[TurboKVMetadata]):
+    """Attention over compressed pages; arguments as vLLM's ``Attention`` layer gives them."""
+
+    supports_quant_query_input = False
+    supports_pcp = False
+    can_return_lse_for_decode = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "tq4",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unknown = sorted(name for name, value in kwargs.items() if value is not None)
+        if alibi_slopes is not None:
+            unknown.append("alibi_slopes")
+        if unknown:
+            raise NotImplementedError(f"kv_cache_dtype={kv_cache_dtype} does not support {unknown}")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"attn_type: wanted decoder, got {attn_type}")
+        self.vllm_config = get_current_vllm_config()
+        self.options = Options.from_config(self.vllm_config.additional_config)
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.logits_soft_cap = float(logits_soft_cap or 0.0)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+        self._sinks_float: Tensor | None = None
+        self.cache = CacheLayer.create(kv_cache_dtype, head_size, self.num_kv_heads)
+        self._is_calibrated = False
+        self.device = compat.device()
+        self.kernels: ModuleType = _kernels(self.device)
+        self.fa_version = 0
+        if self.device.type == "cuda":
+            version = compat.flash_attention_version(head_size)
+            if version is None:
+                raise NotImplementedError(
+                    f"kv_cache_dtype={kv_cache_dtype} needs FlashAttention for prefill, and none"
+                    f" here takes head_dim {head_size}; list such layers in skip_layers"
+                )
+            self.fa_version = version
+        scheduler = self.vllm_config.scheduler_config
+        self.max_num_tokens = int(scheduler.max_num_batched_tokens)
+        self.capacity = max(
+            self.options.workspace_tokens, workspace_floor(self.max_num_tokens, sliding_window)
+        )
+        # layers that share another's cache have no keys and values of their own
+        self.reads_cache_only = (
+            kv_sharing_target_layer_name is not None or self.options.path == "flash_attn"
+        )
+
+    # --- start-up -----------------------------------------------------------------------------
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Load kernels and calibration, and allocate 16-bit copies; again after a reload."""
+        if self.sinks is not None:
+            self._sinks_float = self.sinks.detach().to(torch.float32).contiguous()
+        if self.kv_sharing_target_layer_name is not None:
+            return
+        if self.options.calibration is not None:
+            self._calibrate(self.options.calibration)
+        self.kernels.prepare(self.cache)
+        if self.options.keeps_window and self.cache.copies is None:
+            self._make_copies()
+
+    def _calibrate(self, path: str) -> None:
+        """Take codebooks and offsets of this layer; codebooks once, offsets after every load."""
+        name, _ = compat.own_layer(self, self.vllm_config)
+        calibration = Calibration.load(path)
+        check_calibration(calibration, self.kv_cache_dtype)
+        layer = calibration.layer(compat.layer_index(name))
+        if layer is None:
+            return
+        if not self._is_calibrated:
+            self.cache = CacheLayer.create(
+                self.kv_cache_dtype, self.head_size, self.num_kv_heads, layer
+            )
+            self._is_calibrated = True
+        if layer.offsets is not None:
+            total = layer.offsets.mu.shape[0]
+            heads = head_slice(total, self.num_kv_heads, *compat.tensor_parallel())
+            max_tokens = self.vllm_config.model_config.max_model_len
+            self.cache.set_offsets(layer, heads, max_tokens, self.device)
+
+    def _make_copies(self) -> None:
+        """Allocate the 16-bit copies: as many tiles as all layers together can afford."""
+        if not identity_kv.keeps_window(self.vllm_config):
+            logger.warning_once("TurboKV: no 16-bit window, as this KV connector would break it.")
+            return
+        layers = self._cache_layers()
+        made = [layer.copies.shape[0] for layer in layers if layer.copies is not None]
+        if made:
+            num_slots = made[0]
+        else:
+            num_slots = pool_slots(
+                compat.free_cache_bytes(self.vllm_config),
+                total_copy_bytes(layers),
+                self.vllm_config.scheduler_config.max_num_seqs,
+                fraction=self.options.window_pool_fraction,
+                window=self.options.window,
+                sinks=self.options.sinks,
+            )
+            logger.info_once(
+                "TurboKV: 16-bit copies of %d tiles of 16 tokens (%.2f GiB).",
+                num_slots,
+                num_slots * total_copy_bytes(layers) / 2**30,
+            )
+        if num_slots > 0:
+            self.cache.make_copies(num_slots, self.device)
+
+    def _cache_layers(self) -> list[CacheLayer]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        impls = [getattr(layer, "impl", None) for layer in context.values()]
+        return [
+            impl.cache
+            for impl in impls
+            if isinstance(impl, TurboKVImpl) and impl.kv_sharing_target_layer_name is None
+        ]
+
+    @property
+    def copies(self) -> Tensor | None:
+        """16-bit copies of this layer's tiles, or of those it shares."""
+        return self._storage().copies
+
+    def _storage(self) -> CacheLayer:
+        """Return the formats and copies of the layer that stores what this one reads."""
+        target = self.kv_sharing_target_layer_name
+        if target is None:
+            return self.cache
+        context = self.vllm_config.compilation_config.static_forward_context
+        cache: CacheLayer = context[target].impl.cache
+        return cache
+
+    def reserve(self, device: torch.device) -> None:
+        """Make shared memory as large as this layer will ever need it."""
+        memory = scratch.current()
+        self._workspace(memory, self.capacity)
+        scheduler = self.vllm_config.scheduler_config
+        graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        rows = max(int(scheduler.max_num_seqs), int(graphs))
+        queries = max_decode_queries(self.vllm_config)
+        needed = self.kernels.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
+        if needed:
+            memory.reserve_decode(needed, device)
+        if self.cache.k_offset is not None:
+            memory.positions(max(self.max_num_tokens, rows * queries), device)
+
+    def _workspace(self, memory: scratch.Scratch, tokens: int) -> list[Tensor]:
+        """Return room for expanded keys and values, and for one partial output and its sums."""
+        dtype = self.vllm_config.model_config.dtype
+        expanded = ((tokens, self.num_kv_heads, self.head_size), dtype)
+        return memory.views(
+            self.device,
+            expanded,
+            expanded,
+            ((self.max_num_tokens, self.num_heads, self.head_size), dtype),
+            ((2, self.num_heads, self.max_num_tokens), torch.float32),
+        )
+
+    # --- a step -------------------------------------------------------------------------------
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Compress fresh keys and values into their slots."""
+        positions = tile_slots = None
+        metadata = compat.layer_metadata(layer.layer_name)
+        if metadata is not None:
+            positions, tile_slots = metadata.positions, metadata.tile_slots
+        elif self.cache.k_offset is not None:
+            # a warm-up without metadata: slots are all -1, but the graph may be replayed later
+            positions = scratch.current().positions(self.max_num_tokens, self.device)
+        count = min(key.shape[0], slot_mapping.shape[0])
+        self.kernels.store(
+            self.cache,
+            key[:count],
+            value[:count],
+            slot_mapping,
+            kv_cache.flatten(2),
+            kv_cache.shape[2],
+            positions,
+            tile_slots,
+        )
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: TurboKVMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend, writing to ``output`` ``[tokens, num_heads, head_dim]``."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("TURBOKV does not quantise its output")
+        if attn_metadata is None:  # profiling: nothing is stored yet, but memory is measured
+            self.reserve(query.device)
+            return output.fill_(0)
+        output = output.view(-1, self.num_heads, self.head_size)
+        pages, page_size = kv_cache.flatten(2), kv_cache.shape[2]
+        if attn_metadata.num_decode_tokens:
+            self._decode(query, pages, page_size, attn_metadata, output)
+        for group in attn_metadata.prefill:
+            self._prefill(group, query, key, value, pages, page_size, attn_metadata, output)
+        return output
+
+    def _decode(
+        self, query: Tensor, pages: Tensor, page_size: int, md: TurboKVMetadata, output: Tensor
+    ) -> None:
+        tokens, rows = md.num_decode_tokens, md.num_decodes
+        is_uniform = tokens == rows * md.max_decode_len
+        self.kernels.decode(
+            self._storage(),
+            query[:tokens],
+            pages,
+            page_size,
+            md.block_table[:rows],
+            md.seq_lens[:rows],
+            # always given for several queries: in a graph rows may come to have fewer
+            None if is_uniform and md.max_decode_len == 1 else md.query_start_loc[: rows + 1],
+            md.max_decode_len,
+            md.tile_slots,
+            output[:tokens],
+            scratch.current().decode,
+            sm_scale=self.scale,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=self._sinks_float,
+        )
+
+    # --- prefill ------------------------------------------------------------------------------
+
+    def _prefill(
+        self,
+        group: PrefillGroup,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pages: Tensor,
+        page_size: int,
+        md: TurboKVMetadata,
+        output: Tensor,
+    ) -> None:
+        plan, tokens = group.group, group.tokens
+        q, out = query[tokens], output[tokens]
+        k = v = None
+        if not self.reads_cache_only:
+            k, v = key[tokens], value[tokens]
+            if plan.is_fresh:
+                self._attend(q, k, v, group.cu_q, group.cu_q, max(plan.q_lens), None, out)
+                return
+        table = md.block_table[group.rows]
+        args = (pages, page_size, table, md.tile_slots)
+        if plan.is_chunked:
+            self._prefill_chunked(group, q, k, v, args, out)
+            return
+        total = sum(plan.kv_lens)
+        all_k, all_v, _, _ = self._workspace(scratch.current(), self.capacity)
+        all_k, all_v = all_k[:total], all_v[:total]
+        self._expand(group, k, v, args, all_k, all_v)
+        self._attend(
+            q, all_k, all_v, group.cu_q, group.cu_k, max(plan.q_lens), max(plan.kv_lens), out
+        )
+
+    def _expand(
+        self,
+        group: PrefillGroup,
+        k: Tensor | None,
+        v: Tensor | None,
+        args: tuple[Tensor, int, Tensor, Tensor | None],
+        all_k: Tensor,
+        all_v: Tensor,
+    ) -> None:
+        """Fill the workspace with each row's tokens in order: older ones, then fresh ones."""
+        pages, page_size, table, tile_slots = args
+        plan, cache = group.group, self._storage()
+        rows = table.shape[0]
+        if rows > MAX_SINGLE_EXPANSIONS:
+            # one launch for all, fresh tokens included; their 16-bit values go on top
+            self.kernels.expand(
+                cache,
+                pages,
+                page_size,
+                table,
+                all_k,
+                all_v,
+                tile_slots,
+                token_begin=group.begins,
+                out_indptr=group.cu_k,
+            )
+            if k is not None and v is not None and group.fresh is not None:
+                all_k.index_copy_(0, group.fresh, k)
+                all_v.index_copy_(0, group.fresh, v)
+            return
+        at = fresh = 0
+        for row in range(rows):
+            q_len, kv_len = plan.q_lens[row], plan.kv_lens[row]
+            older = kv_len if k is None else kv_len - q_len
+            if older:
+                self.kernels.expand(
+                    cache,
+                    pages,
+                    page_size,
+                    table[row],
+                    all_k[at : at + older],
+                    all_v[at : at + older],
+                    tile_slots,
+                    first_token=plan.begins[row],
+                )
+            if k is not None and v is not None:
+                all_k[at + older : at + kv_len] = k[fresh : fresh + q_len]
+                all_v[at + older : at + kv_len] = v[fresh : fresh + q_len]
+            at, fresh = at + kv_len, fresh + q_len
+
+    def _prefill_chunked(
+        self,
+        group: PrefillGroup,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        args: tuple[Tensor, int, Tensor, Tensor | None],
+        out: Tensor,
+    ) -> None:
+        """Attend to fresh tokens, then to the older ones of the one row piece by piece."""
+        pages, page_size, table, tile_slots = args
+        q_len, cache = group.group.q_lens[0], self._storage()
+        context = group.group.context_lens[0]
+        room_k, room_v, partial, sums = self._workspace(scratch.current(), self.capacity)
+        if k is None or v is None:
+            k, v = room_k[:q_len], room_v[:q_len]
+            self.kernels.expand(
+                cache, pages, page_size, table[0], k, v, tile_slots, first_token=context
+            )
+        lse = self._attend(q, k, v, group.cu_q, group.cu_q, q_len, None, out, with_sinks=False)
+        for turn, (first, count, cu_k) in enumerate(group.pieces):
+            piece_k, piece_v = room_k[:count], room_v[:count]
+            self.kernels.expand(
+                cache, pages, page_size, table[0], piece_k, piece_v, tile_slots, first_token=first
+            )
+            piece = partial[:q_len]
+            piece_lse = self._attend(
+                q,
+                piece_k,
+                piece_v,
+                group.cu_q,
+                cu_k,
+                q_len,
+                count,
+                piece,
+                causal=False,
+                with_sinks=False,
+            )
+            # two buffers in turn: merging reads the sums that it replaces
+            merged = sums[turn % 2].view(-1)[: self.num_heads * q_len].view(self.num_heads, q_len)
+            self.kernels.merge(out, merged, piece, piece_lse, out, lse)
+            lse = merged
+        if self._sinks_float is not None:
+            # a token without value: it only takes its share of the probabilities
+            share = torch.sigmoid(lse - self._sinks_float[:, None]).t()[..., None]
+            out.mul_(share.to(out.dtype))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int | None,
+        out: Tensor,
+        *,
+        causal: bool = True,
+        with_sinks: bool = True,
+    ) -> Tensor:
+        lse: Tensor = self.kernels.attend(
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            max_q,
+            max_q if max_k is None else max_k,
+            out,
+            sm_scale=self.scale,
+            causal=causal,
+            sliding_window=self.sliding_window if causal else None,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=self._sinks_float if with_sinks else None,
+            version=self.fa_version,
+        )
+        return lse
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    if device.type == "cuda":
+        from turbokv.integrations.vllm import kernels_cuda
+
+        return kernels_cuda
+    from turbokv.integrations.vllm import kernels_torch
+
+    return kernels_torch

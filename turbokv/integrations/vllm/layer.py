@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one attention layer keeps for the cache: formats, offsets of centred keys, 16-bit copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbokv import core
+from turbokv.calibration import Calibration, CalibrationError, LayerCalibration
+from turbokv.centring import SEGMENT
+from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
+from turbokv.core import Codebook, VectorFormat
+from turbokv.integrations.vllm.dtypes import cache_widths
+from turbokv.paged import TILE
+
+_UNSUPPORTED = ("k_scale", "v_scale", "v_shift")
+
+
+@dataclass(eq=False)
+class CacheLayer:
+    """One layer's side of the compressed cache.
+
+    Attributes
+    ----------
+    k_format, v_format
+        What fixes the bytes. They hold codebooks and rotation as host data, so nothing of them is
+        lost when device memory is (sleep mode).
+    num_kv_heads
+        Of this rank.
+    k_offset, k_offset_rotated
+        float32 ``[num_segments, num_kv_heads, head_dim]`` and ``padded_dim``: what is subtracted
+        from keys, by 256 logical positions; None without a calibration file.
+    copies
+        float16 ``[num_slots, num_kv_heads, 2, 16, padded_dim]``: 16-bit copies of tiles, or None.
+    """
+
+    k_format: VectorFormat
+    v_format: VectorFormat
+    num_kv_heads: int
+    k_offset: Tensor | None = None
+    k_offset_rotated: Tensor | None = None
+    copies: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        cache_dtype: str,
+        head_dim: int,
+        num_kv_heads: int,
+        calibration: LayerCalibration | None = None,
+    ) -> CacheLayer:
+        """Make the formats of a layer, with calibrated codebooks where there are some."""
+        k_bits, v_bits = cache_widths(cache_dtype)
+        k_book = calibration.k_codebook if calibration is not None else None
+        v_book = calibration.v_codebook if calibration is not None else None
+        made = {}
+        for role, bits, rule, book in (
+            ("k", k_bits, DEFAULT_K_RULE, k_book),
+            ("v", v_bits, DEFAULT_V_RULE, v_book),
+        ):
+            made[role] = VectorFormat.create(
+                role,  # type: ignore[arg-type]
+                head_dim,
+                Codebook.gaussian(bits) if book is None else book,
+                scale_rule=rule,
+                norm_dtype=torch.float16,
+                seed=core.DEFAULT_SEED,
+                device=torch.device("cpu"),
+            )
+        return cls(made["k"], made["v"], num_kv_heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a key or value."""
+        return self.k_format.head_dim
+
+    def copy_bytes(self) -> int:
+        """Return the bytes of one tile's 16-bit copies in this layer."""
+        return self.num_kv_heads * 2 * TILE * self.k_format.padded_dim * 2
+
+    def make_copies(self, num_slots: int, device: torch.device) -> None:
+        """Allocate the 16-bit copies of ``num_slots`` tiles."""
+        shape = (num_slots, self.num_kv_heads, 2, TILE, self.k_format.padded_dim)
+        self.copies = torch.zeros(shape, dtype=torch.float16, device=device)
+
+    def set_offsets(
+        self, calibration: LayerCalibration, heads: slice, max_tokens: int, device: torch.device
+    ) -> None:
+        """Compute the offsets of every segment up to ``max_tokens`` positions; again after a wake.
+
+        Parameters
+        ----------
+        calibration
+            Of this layer, all KV heads of the model.
+        heads
+            Those of this rank.
+        max_tokens
+            The longest request.
+        device
+            Where the tables are made.
+        """
+        if calibration.offsets is None:
+            return
+        mu, rotary = calibration.offsets.mu[heads], calibration.offsets.rotary
+        if mu.shape != (self.num_kv_heads, self.head_dim):
+            raise CalibrationError(
+                f"calibration offsets: wanted shape {[self.num_kv_heads, self.head_dim]} for this"
+                f" rank, got {list(mu.shape)}"
+            )
+        segments = -(-max_tokens // SEGMENT)
+        table = rotary.segment_means(mu.cpu(), 0, segments)
+        rotated = core.rotate(table.reshape(-1, self.head_dim), self.k_format)
+        rotated = rotated.view(segments, self.num_kv_heads, self.k_format.padded_dim)
+        if self.k_offset is None or self.k_offset_rotated is None:
+            self.k_offset = torch.empty(table.shape, dtype=torch.float32, device=device)
+            self.k_offset_rotated = torch.empty(rotated.shape, dtype=torch.float32, device=device)
+        # in place, since captured graphs hold the addresses
+        self.k_offset.copy_(table)
+        self.k_offset_rotated.copy_(rotated)
+
+
+def check_calibration(calibration: Calibration, cache_dtype: str) -> None:
+    """Refuse a calibration that this backend cannot use.
+
+    Raises
+    ------
+    CalibrationError, ValueError
+        If it has channel scales or shifts, or codebooks of other widths.
+    """
+    calibration.check_widths(*cache_widths(cache_dtype))
+    for index, layer in calibration.layers.items():
+        present = [name for name in _UNSUPPORTED if getattr(layer, name) is not None]
+        if present:
+            raise CalibrationError(
+                f"calibration: wanted offsets and codebooks only, got {present} in layer {index};"
+                " calibrate again without them"
+            )
+
+
+def head_slice(total_heads: int, rank_heads: int, rank: int, world: int) -> slice:
+    """Return which of the model's KV heads a tensor-parallel rank holds.
+
+    vLLM splits heads evenly, and gives the same head to several ranks where there are fewer.
+    """
+    first = rank * rank_heads if total_heads >= world else rank * total_heads // world
+    return slice(first, first + rank_heads)
+
+
+def total_copy_bytes(layers: list[Any]) -> int:
+    """Return the bytes of one tile's copies in all ``layers``."""
+    return sum(layer.copy_bytes() for layer in layers)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every layer of a group needs to know about a step, built once for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from turbokv.integrations.vllm import metrics, scratch
+from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, workspace_floor
+from turbokv.integrations.vllm.window import RecentWindow
+
+# Above so many rows one launch for all is worth expanding their fresh tokens as well.
+MAX_SINGLE_EXPANSIONS = 4
+
+
+@dataclass(eq=False)
+class PrefillGroup:
+    """A :class:`~turbokv.integrations.vllm.prefill_plan.Group` with its tables on the device.
+
+    Attributes
+    ----------
+    group
+        The plan.
+    rows
+        Of the block table.
+    tokens
+        Of the step's queries, keys and values.
+    cu_q, cu_k
+        int32 ``[rows + 1]``: where each row's fresh tokens, and its tokens in the workspace, start.
+    begins
+        int32 ``[rows]``: the first token of each row in the workspace.
+    fresh
+        int64: where each fresh token belongs in the workspace; None where rows are few.
+    pieces
+        Of a chunked row: first token, count, and the int32 table ``[0, count]``.
+    """
+
+    group: Group
+    rows: slice
+    tokens: slice
+    cu_q: Tensor
+    cu_k: Tensor
+    begins: Tensor
+    fresh: Tensor | None = None
+    pieces: tuple[tuple[int, int, Tensor], ...] = ()
+
+
+@dataclass(eq=False)
+class TurboKVMetadata(AttentionMetadata):
+    """A step's metadata; decodes come first.
+
+    Attributes
+    ----------
+    num_decodes, num_decode_tokens, max_decode_len
+        Rows for the decode kernel, their queries, and the most of any row.
+    num_tokens
+        Queries of the step, padding of CUDA graphs included.
+    seq_lens, block_table, query_start_loc
+        As vLLM keeps them on the device, at fixed addresses.
+    positions
+        int64, logical position of each query; None unless keys are centred.
+    tile_slots
+        int32 ``[num_pages, page_size / 16]``, slots of 16-bit copies, or None.
+    prefill
+        What the decode kernel does not take.
+    """
+
+    num_decodes: int
+    num_decode_tokens: int
+    max_decode_len: int
+    num_tokens: int
+    seq_lens: Tensor
+    block_table: Tensor
+    query_start_loc: Tensor
+    positions: Tensor | None = None
+    tile_slots: Tensor | None = None
+    prefill: tuple[PrefillGroup, ...] = field(default=())
+
+
+class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):
+    """Builds :class:`TurboKVMetadata`; one for each group of layers that share pages and shape.
+
+    Calls of ``build`` neither synchronise nor depend on what layers hold, but for the 16-bit
+    window's map, which is refreshed here, outside graphs.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_update_block_table = False
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.options = Options.from_config(vllm_config.additional_config)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.page_size = int(kv_cache_spec.block_size)
+        self.sliding_window: int | None = getattr(kv_cache_spec, "sliding_window", None)
+        scheduler = vllm_config.scheduler_config
+        self.max_num_tokens = int(scheduler.max_num_batched_tokens)
+        self.capacity = max(
+            self.options.workspace_tokens,
+            workspace_floor(self.max_num_tokens, self.sliding_window),
+        )
+        self._window: RecentWindow | None = None
+        layers = self._layers()
+        self.is_centred = any(layer.impl.cache.k_offset is not None for layer in layers)
+        for layer in layers:
+            layer.impl.reserve(device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decodes and uniform verification run in full graphs, unless decode decompresses."""
+        if Options.from_config(vllm_config.additional_config).decode == "decompress":
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
+
+    def _layers(self) -> list[Any]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return [context[name] for name in self.layer_names]
+
+    # --- a step -------------------------------------------------------------------------------
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TurboKVMetadata:
+        """Build for a capture: as a step, but the window's map stays as it is."""
+        metadata = self._build(common_attn_metadata, refresh=False)
+        # short rows make the capture's warm-up fast; replays read the real lengths
+        metadata.seq_lens.fill_(min(metadata.max_decode_len, 1))
+        return metadata
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TurboKVMetadata:
+        """Build the metadata of a step (vLLM calls this by keyword)."""
+        return self._build(common_attn_metadata, refresh=True)
+
+    def _build(self, cam: CommonAttentionMetadata, *, refresh: bool) -> TurboKVMetadata:
+        if cam.causal is not True:
+            raise ValueError(f"causal: wanted True, got {cam.causal!r}")
+        assert self.reorder_batch_threshold is not None
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            cam, decode_threshold=self.reorder_batch_threshold
+        )
+        if self.options.decode == "decompress":
+            num_decodes, num_prefills, num_decode_tokens = 0, cam.num_reqs, 0
+        max_decode_len = cam.max_query_len
+        if num_prefills:
+            starts = cam.query_start_loc_cpu[: num_decodes + 1]
+            max_decode_len = int(starts.diff().max()) if num_decodes else 0
+        metadata = TurboKVMetadata(
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            max_decode_len=max_decode_len,
+            num_tokens=cam.num_actual_tokens,
+            seq_lens=cam.seq_lens,
+            block_table=cam.block_table_tensor,
+            query_start_loc=cam.query_start_loc,
+        )
+        if num_prefills:
+            metadata.prefill = self._prefill(cam, num_decodes)
+        if self.is_centred:
+            metadata.positions = self._positions(cam)
+        metadata.tile_slots = self._tile_slots(cam, refresh)
+        return metadata
+
+    def _prefill(self, cam: CommonAttentionMetadata, num_decodes: int) -> tuple[PrefillGroup, ...]:
+        starts = cam.query_start_loc_cpu[num_decodes : cam.num_reqs + 1].tolist()
+        q_lens = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        # the bound is exact for rows that are prefill (vLLM's own promise)
+        lens = cam.seq_lens_cpu_upper_bound
+        if lens is None:
+            lens = cam.seq_lens.cpu()
+        seq_lens = lens[num_decodes : cam.num_reqs].tolist()
+        groups = plan(q_lens, seq_lens, self.capacity, self.sliding_window)
+        return tuple(self._on_device(group, starts, num_decodes) for group in groups)
+
+    def _on_device(self, group: Group, starts: list[int], num_decodes: int) -> PrefillGroup:
+        cu_q, cu_k = _cumulative(group.q_lens), _cumulative(group.kv_lens)
+        rows = group.last - group.first
+        pieces = chunks(group.context_lens[0], self.capacity) if group.is_chunked else ()
+        flat = [*cu_q, *cu_k, *group.begins]
+        for _, count in pieces:
+            flat += [0, count]
+        table = self._upload(flat, torch.int32)
+        fresh = None
+        if rows > MAX_SINGLE_EXPANSIONS and not group.is_fresh:
+            ends = cu_k[1:]
+            at = [
+                torch.arange(end - q_len, end, dtype=torch.int64)
+                for end, q_len in zip(ends, group.q_lens, strict=True)
+            ]
+            fresh = self._upload(torch.cat(at), torch.int64)
+        after = 2 * (rows + 1) + rows
+        return PrefillGroup(
+            group=group,
+            rows=slice(num_decodes + group.first, num_decodes + group.last),
+            tokens=slice(starts[group.first], starts[group.last]),
+            cu_q=table[: rows + 1],
+            cu_k=table[rows + 1 : 2 * (rows + 1)],
+            begins=table[2 * (rows + 1) : after],
+            fresh=fresh,
+            pieces=tuple(
+                (first, count, table[after + 2 * i : after + 2 * i + 2])
+                for i, (first, count) in enumerate(pieces)
+            ),
+        )
+
+    def _upload(self, values: list[int] | Tensor, dtype: torch.dtype) -> Tensor:
+        host = torch.as_tensor(values, dtype=dtype)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def _positions(self, cam: CommonAttentionMetadata) -> Tensor:
+        """Write the logical position of each query to the buffer that graphs read."""
+        count = cam.num_actual_tokens
+        buffer = scratch.current().positions(self.max_num_tokens, self.device)
+        token = torch.arange(count, device=self.device)
+        starts = cam.query_start_loc[: cam.num_reqs + 1]
+        row = torch.searchsorted(starts[1:], token, right=True, out_int32=True)
+        row.clamp_(max=cam.num_reqs - 1)  # padding, which is stored nowhere
+        first = cam.seq_lens[: cam.num_reqs] - starts.diff() - starts[:-1]
+        torch.add(token, first[row], out=buffer[:count]).clamp_(min=0)
+        return buffer
+
+    # --- 16-bit window ------------------------------------------------------------------------
+
+    def _tile_slots(self, cam: CommonAttentionMetadata, refresh: bool) -> Tensor | None:
+        layers = self._layers()
+        copies = layers[0].impl.copies
+        if copies is None:
+            return None
+        num_pages = layers[0].kv_cache.shape[0]
+        if self._window is None or self._window.tile_slots.shape[0] != num_pages:
+            self._window = RecentWindow(
+                num_pages,
+                self.page_size,
+                copies.shape[0],
+                self.options.window,
+                self.options.sinks,
+                self.device,
+            )
+            metrics.watch(self._window)
+        if refresh:
+            reqs = cam.num_reqs
+            query_lens = cam.query_start_loc[: reqs + 1].diff()
+            self._window.refresh(cam.block_table_tensor[:reqs], cam.seq_lens[:reqs], query_lens)
+        return self._window.tile_slots
+
+
+def _cumulative(lengths: tuple[int, ...]) -> list[int]:
+    total = [0]
+    for length in lengths:
+        total.append(total[-1] + length)
+    return total
