@@ -88,11 +88,23 @@ def make(name: str, root: pathlib.Path) -> ModelFolder:
 
 def _dequantise_smollm2(path: pathlib.Path) -> None:
     import torch
+    from safetensors.torch import save_file
 
     from turbokv.integrations.transformers.models import load_model
 
     loaded = load_model(None, dtype=torch.bfloat16)
+    config = loaded.model.config
     partial = path.with_name(path.name + ".partial")
-    loaded.model.save_pretrained(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.contiguous() for name, weight in loaded.model.state_dict().items()}
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    # Transformers refuses to save what it calls a quantised model, though its weights no longer are
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    fields = config.to_dict()
+    fields.pop("quantization_config", None)
+    fields["dtype"] = "bfloat16"
+    fields["architectures"] = [type(loaded.model).__name__]
+    (partial / "config.json").write_text(json.dumps(fields, indent=2, default=str))
     loaded.tokenizer.save_pretrained(partial)
     partial.rename(path)
