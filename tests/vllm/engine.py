@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run vLLM in this process and compare what it answers."""
 
 from __future__ import annotations

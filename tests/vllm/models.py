@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models for engine tests: small random ones with sensible logits, and SmolLM2 with its weights."""
 
 from __future__ import annotations

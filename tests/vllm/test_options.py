@@ -39,7 +39,7 @@ def test_a_shape_can_be_asked_for_without_a_real_head() -> None:
 def test_other_dtypes_are_not_ours() -> None:
     assert not hooks.is_turbokv("fp8")
     assert not hooks.is_turbokv(None)
-    with pytest.raises(ValueError, match="kv_cache_dtype: wanted one of .*, got 'tq9'"):
+    with pytest.raises(ValueError, match=r"kv_cache_dtype: wanted one of .*, got 'tq9'"):
         cache_widths("tq9")
 
 

@@ -19,7 +19,7 @@ from turbokv.integrations.vllm.metadata import TurboKVMetadataBuilder
 from turbokv.paged import TILE
 
 
-class TurboKVAttentionBackend(AttentionBackend):
+class TurboKVAttentionBackend(AttentionBackend):  # type: ignore[misc]
     """Chosen for layers whose cache dtype is one of ours, and for no others."""
 
     accept_output_buffer = True
@@ -76,7 +76,7 @@ class TurboKVAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        """Decoders only."""
+        """Take decoders only."""
         return bool(attn_type == AttentionType.DECODER)
 
     @classmethod
@@ -91,5 +91,5 @@ class TurboKVAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        """The kernels need sm_80 or newer."""
+        """Ask for sm_80 or newer, as the kernels do."""
         return bool(capability.major >= 8)

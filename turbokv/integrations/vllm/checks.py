@@ -32,7 +32,7 @@ def _parallel(config: Any) -> Iterator[str]:
 def _model(config: Any) -> Iterator[str]:
     model = config.model_config
     if model.use_mla:
-        yield "multi-head latent attention is not supported: it keeps no keys and values to compress"
+        yield "multi-head latent attention is not supported: it keeps no keys and values"
         return
     if getattr(model, "is_encoder_decoder", False):
         yield "encoder-decoder models are not supported"

@@ -33,7 +33,7 @@ from turbokv.integrations.vllm.window import pool_slots
 logger = init_logger(__name__)
 
 
-class TurboKVImpl(AttentionImpl[TurboKVMetadata]):
+class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     """Attention over compressed pages; arguments as vLLM's ``Attention`` layer gives them."""
 
     supports_quant_query_input = False

@@ -24,7 +24,7 @@ def prepare(layer: CacheLayer) -> None:
     if reason is not None:
         raise RuntimeError(reason)
     for kind in ("store", "decompress", "decode"):
-        cuda.prepare(kind, layer.k_format, layer.v_format)  # type: ignore[arg-type]
+        cuda.prepare(kind, layer.k_format, layer.v_format)
 
 
 def decode_workspace_bytes(

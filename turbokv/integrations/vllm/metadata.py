@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ class PrefillGroup:
 
 
 @dataclass(eq=False)
-class TurboKVMetadata(AttentionMetadata):
+class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
     """A step's metadata; decodes come first.
 
     Attributes
@@ -89,7 +90,7 @@ class TurboKVMetadata(AttentionMetadata):
     prefill: tuple[PrefillGroup, ...] = field(default=())
 
 
-class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):
+class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type: ignore[misc]
     """Builds :class:`TurboKVMetadata`; one for each group of layers that share pages and shape.
 
     Calls of ``build`` neither synchronise nor depend on what layers hold, but for the 16-bit
@@ -121,7 +122,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Decodes and uniform verification run in full graphs, unless decode decompresses."""
+        """Run decodes and uniform verification in full graphs, unless decode decompresses."""
         if Options.from_config(vllm_config.additional_config).decode == "decompress":
             return AttentionCGSupport.NEVER
         return cls._cudagraph_support
@@ -181,7 +182,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):
 
     def _prefill(self, cam: CommonAttentionMetadata, num_decodes: int) -> tuple[PrefillGroup, ...]:
         starts = cam.query_start_loc_cpu[num_decodes : cam.num_reqs + 1].tolist()
-        q_lens = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        q_lens = [b - a for a, b in itertools.pairwise(starts)]
         # the bound is exact for rows that are prefill (vLLM's own promise)
         lens = cam.seq_lens_cpu_upper_bound
         if lens is None:

@@ -79,8 +79,8 @@ def plan(
     Returns
     -------
     tuple of Group
-        In order, covering every row that has fresh tokens once. Rows without older tokens are never in a group with rows
-        that have some, so that they need no workspace.
+        In order, covering every row that has fresh tokens once. Rows without older tokens are
+        never in a group with rows that have some, so that they need no workspace.
     """
     groups: list[Group] = []
     pending: list[tuple[int, int, int]] = []
@@ -114,7 +114,7 @@ def plan(
         is_fresh = context == 0
         if pending and (
             is_fresh != (pending[-1][0] == pending[-1][2])
-            or sum(kv for _, _, kv in pending) + kv_len > capacity
+            or (not is_fresh and sum(kv for _, _, kv in pending) + kv_len > capacity)
         ):
             flush(row)
         pending.append((q_len, begin, kv_len))
