@@ -19,7 +19,16 @@ from collections.abc import Sequence
 
 INCLUDE = pathlib.Path(__file__).resolve().parent.parent / "turbokv/kernels/cuda/include"
 # Headers of kernels only, which mean nothing without CUDA.
-DEVICE_ONLY = ("decode.cuh", "expand.cuh", "ptx.cuh")
+DEVICE_ONLY = (
+    "decode.cuh",
+    "decode_config.cuh",
+    "decode_kernel.cuh",
+    "decode_ring.cuh",
+    "decode_softmax.cuh",
+    "decode_warp.cuh",
+    "expand.cuh",
+    "ptx.cuh",
+)
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 _CUDA = re.compile(r"cuda[a-z0-9_]*\.h")
 _STANDARD = re.compile(r"[a-z_]+")

@@ -490,13 +490,13 @@ void DecodeOperator(Tensor q, Tensor pages, std::string k_text, std::string v_te
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = CurrentStream(device);
-  int ctas = static_cast<int>(num_ctas);
-  if (ctas == 0) {
-    CheckLaunch(cudaDeviceGetAttribute(&ctas, cudaDevAttrMultiProcessorCount, device), "decode");
-  }
-  options.num_ctas = ctas;
-  const int64_t needed = DecodeWorkspaceBytes(p.batch_size, p.num_qo_heads, p.num_kv_heads,
-                                              padded_dim, p.max_q_len, ctas);
+  int multiprocessors = 0;
+  CheckLaunch(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+              "decode");
+  options.num_ctas = static_cast<int>(num_ctas);
+  const int64_t needed =
+      DecodeWorkspaceBytes(p.batch_size, p.num_qo_heads, p.num_kv_heads, padded_dim, p.max_q_len,
+                           DecodeMaxCtas(options.num_ctas, multiprocessors));
   if (workspace.has_value()) {
     CheckPacked(workspace, "workspace", ScalarType::Byte, {-1}, device);
     STD_TORCH_CHECK(workspace->numel() >= needed, "workspace: wanted at least ", needed,
@@ -527,9 +527,11 @@ int turbokv_driver_version() {
 int turbokv_runtime_version() { return CUDART_VERSION; }
 
 long turbokv_decode_workspace_bytes(int batch_size, int num_qo_heads, int num_kv_heads,
-                                    int padded_dim, int max_q_len, int num_ctas) {
+                                    int padded_dim, int max_q_len, int num_ctas,
+                                    int multiprocessors) {
   return turbokv::DecodeWorkspaceBytes(batch_size, num_qo_heads, num_kv_heads, padded_dim,
-                                       max_q_len, num_ctas);
+                                       max_q_len,
+                                       turbokv::DecodeMaxCtas(num_ctas, multiprocessors));
 }
 }
 

@@ -533,7 +533,7 @@ def decode(
     body
         How tiles reach shared memory: ``bulk`` (sm_90 and up), ``cp_async``, or ``auto``.
     num_ctas
-        Thread blocks; 0 for one a multiprocessor.
+        Thread blocks; 0 for as many as run at a time.
 
     Returns
     -------
@@ -676,7 +676,7 @@ def decode_workspace_bytes(
         The largest values that the workspace will be used with; ``num_qo_heads`` a multiple of
         ``num_kv_heads``.
     num_ctas
-        As for :func:`decode`; 0 for one a multiprocessor of ``device``.
+        As for :func:`decode`; 0 for as many as run at a time on ``device``.
     device
         Asked only if ``num_ctas`` is 0.
 
@@ -700,11 +700,12 @@ def decode_workspace_bytes(
     function = library.load().handle.turbokv_decode_workspace_bytes
     function.restype = ctypes.c_int64
     padded_dim = 1 << (head_dim - 1).bit_length()
-    ctas = num_ctas
-    if not ctas:
+    multiprocessors = 0
+    if not num_ctas:
         index = torch.device(device).index
-        ctas = _multiprocessors(torch.cuda.current_device() if index is None else index)
-    return int(function(batch_size, num_qo_heads, num_kv_heads, padded_dim, max_q_len, ctas))
+        multiprocessors = _multiprocessors(torch.cuda.current_device() if index is None else index)
+    sizes = (batch_size, num_qo_heads, num_kv_heads, padded_dim, max_q_len, num_ctas)
+    return int(function(*sizes, multiprocessors))
 
 
 @functools.cache

@@ -40,10 +40,10 @@ TURBOKV_EXPORT int turbokv_driver_version();
 /*! \brief CUDA version of the runtime that is linked in, e.g. 13000. */
 TURBOKV_EXPORT int turbokv_runtime_version();
 
-/*! \brief Bytes of workspace that decode needs. */
+/*! \brief Bytes of workspace that decode needs on a device of so many multiprocessors. */
 TURBOKV_EXPORT long turbokv_decode_workspace_bytes(int batch_size, int num_qo_heads,
                                                    int num_kv_heads, int padded_dim, int max_q_len,
-                                                   int num_ctas);
+                                                   int num_ctas, int multiprocessors);
 }
 
 /*! \brief Define the entry that build.py names and whose variant it sets by macros. */

@@ -1,0 +1,951 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fused decode attention over compressed pages: rotate and split the query, attend, combine,
+// un-rotate; one launch.
+//
+// The grid is persistent. A step is one or two tiles (16 tokens each) of one KV head; all steps of
+// all requests and heads form one line, and every CTA takes an equal, contiguous part of it
+// (stream-K, Osama et al., PPoPP 2023). Within a CTA whole steps go to warps in turn: each warp has
+// its own online softmax (Milakov and Gimelshein, arXiv:1805.02867) and its own ring of stages,
+// which it refills itself, so that the loop has no CTA barrier. Where an item (request, KV head,
+// block of query rows) ends, the CTA merges its warps; an item that spans CTAs is finished by the
+// last of them to arrive.
+//
+// Scores are exact in the codes: the query is rotated, scaled by its largest coordinate to 16-bit
+// integers and split in two int8 terms, so that K's levels stay int8. V's levels become fp16 by
+// byte permutes; its scale goes into the probability.
+#ifndef TURBOKV_DECODE_KERNEL_CUH_
+#define TURBOKV_DECODE_KERNEL_CUH_
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "turbokv/codebook.cuh"
+#include "turbokv/decode_config.cuh"
+#include "turbokv/decode_ring.cuh"
+#include "turbokv/decode_softmax.cuh"
+#include "turbokv/decode_warp.cuh"
+#include "turbokv/expand.cuh"
+#include "turbokv/paged_kv.cuh"
+#include "turbokv/ptx.cuh"
+#include "turbokv/types.cuh"
+
+namespace turbokv {
+namespace decode_detail {
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kCtas)
+    DecodeKernel(const __grid_constant__ decode_params_t p, const int num_stages) {
+  using K = typename C::k_t;
+  using V = typename C::v_t;
+  constexpr int kHeadDim = C::kHeadDim, kColumns = C::kColumns, kWarps = C::kWarps;
+  constexpr int kNB = C::kBlocks8, kTiles = C::kTiles, kHalves = C::kHalves;
+  constexpr int kScales = C::kTile - 64;  // offset of the 16 pairs of scales in a tile
+  constexpr int kLane = kHeadDim / 32;    // coordinates a lane holds when a warp holds a vector
+
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ __align__(8) uint64_t barriers[kWarps * kMaxStages];
+  __shared__ int slots[kWarps * kMaxStages * kTiles];
+  __shared__ float warp_max[kWarps][kColumns], warp_sum[kWarps][kColumns];
+  __shared__ float row_max[kColumns], row_sum[kColumns];
+  __shared__ float query_scale[kColumns], offset_gain[kColumns];
+  __shared__ int query_sum[kColumns], see_begin[kColumns],
+      see_end[kColumns];                      // tokens a row may see
+  __shared__ int2 pending[kWarps][kPending];  // slot, first token
+  __shared__ int num_kept[kWarps];
+  __shared__ int3 item_limits;  // no row needs masking from .x to .y; no token is there from .z on
+  __shared__ int warp_total[kWarps], cta_prefix[C::kMaxAligned + 1];
+  __shared__ int is_last;
+
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
+  uint8_t* cursor = shared;
+  uint8_t* ring_base = cursor;
+  cursor += kWarps * num_stages * C::kStepBytes;
+  float* merge = reinterpret_cast<float*>(cursor);  // [warps, C::kMergeRegs, 32]
+  cursor += kWarps * C::kMergeRegs * 128;
+  // The rotated query while the item runs, the merged output when it ends.
+  float* rows = reinterpret_cast<float*>(cursor);  // [kColumns, kHeadDim]
+  cursor += kColumns * kHeadDim * 4;
+  uint8_t* query = cursor;  // [2 terms, kColumns, kHeadDim], in the order of K's fragments
+  cursor += kColumns * kHeadDim * 2;
+  float* offsets =
+      reinterpret_cast<float*>(cursor);  // [segments, kColumns]: score of the shared part
+  if (p.k_offset_rotated != nullptr) cursor += kSegmentsPerPass * kColumns * 4;
+  int* prefix = reinterpret_cast<int*>(cursor);  // [batch_size + 1], in steps
+
+  const int group = p.num_qo_heads / p.num_kv_heads;
+
+  // --- the line of steps
+  if constexpr (C::kBulk) {
+    if (tid == 0) {
+      for (int i = 0; i < kWarps * num_stages; ++i) {
+        ptx::BarrierInit(ptx::SharedAddress(barriers + i), 1);
+      }
+      ptx::BarrierInitFence();
+    }
+  }
+  // All before this may overlap the end of the kernel before; all of its writes are seen from here.
+  if constexpr (C::kBulk) ptx::WaitForPrimary(), ptx::LaunchDependents();
+  // Sum over the threads up to this one; adds the sum over all to `carry`.
+  auto scan = [&](int x, int& carry) {
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+      const int y = __shfl_up_sync(~0u, x, o);
+      if (lane >= o) x += y;
+    }
+    if (lane == 31) warp_total[warp] = x;
+    __syncthreads();
+    int before = carry;
+    for (int i = 0; i < kWarps; ++i) {
+      if (i < warp) before += warp_total[i];
+      carry += warp_total[i];
+    }
+    __syncthreads();
+    return before + x;
+  };
+  int total = 0;
+  for (int base = 0; base < p.batch_size; base += C::kThreads) {
+    int steps = 0;
+    if (base + tid < p.batch_size) {
+      const request_t r = Request<C>(p, base + tid);
+      steps = r.steps * r.blocks * p.num_kv_heads;
+    }
+    steps = scan(steps, total);
+    if (base + tid < p.batch_size) prefix[base + tid + 1] = steps;
+  }
+  if (tid == 0) prefix[0] = 0;
+
+  // --- this CTA's part of the line
+  const int cta = blockIdx.x, ctas = min(static_cast<int>(gridDim.x), total);
+  auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(total) * i / ctas); };
+  auto owner = [&](int step) {
+    return static_cast<int>((static_cast<int64_t>(step + 1) * ctas - 1) / total);
+  };
+  // If there are fewer items than CTAs, whole CTAs an item may do: then no CTA has to merge twice,
+  // and few have to wait for others. Requests get CTAs by their length, rounded down, unless the
+  // rounding would cost more than a tenth.
+  int item_ctas = 0, first_cta_of_item = 0, begin = 0, end = 0;
+  if (p.batch_size <= C::kMaxAligned) {
+    int mine = 0, longest = 0, given = 0, items = 0;
+    if (tid < p.batch_size) {
+      const request_t r = Request<C>(p, tid);
+      items = r.blocks * p.num_kv_heads;
+      mine = max(1, static_cast<int>(static_cast<int64_t>(ctas) * r.steps / max(total, 1)));
+      longest = items > 0 ? (r.steps + mine - 1) / mine : 0;
+    }
+    const int last = scan(items * mine, given);
+    if (tid < p.batch_size) cta_prefix[tid + 1] = last;
+    if (tid == 0) cta_prefix[0] = 0;
+    longest = __syncthreads_or(given > ctas || longest > total / max(ctas, 1) * 11 / 10 + 1);
+    if (!longest) {
+      if (cta >= given) return;
+      int b = 0;
+      while (cta_prefix[b + 1] <= cta) ++b;
+      const request_t r = Request<C>(p, b);
+      item_ctas = (cta_prefix[b + 1] - cta_prefix[b]) / (r.blocks * p.num_kv_heads);
+      const int item = (cta - cta_prefix[b]) / item_ctas;
+      first_cta_of_item = cta_prefix[b] + item * item_ctas;
+      const int part = cta - first_cta_of_item, first = prefix[b] + item * r.steps;
+      begin = first + static_cast<int>(static_cast<int64_t>(r.steps) * part / item_ctas);
+      end = first + static_cast<int>(static_cast<int64_t>(r.steps) * (part + 1) / item_ctas);
+    }
+  }
+  if (item_ctas == 0) {
+    if (cta >= ctas) return;
+    begin = share(cta), end = share(cta + 1);
+  }
+  __syncthreads();
+  auto find = [&](int step) {
+    int low = 0, high = p.batch_size;
+    while (high - low > 1) {
+      const int mid = (low + high) >> 1;
+      if (prefix[mid] <= step) {
+        low = mid;
+      } else {
+        high = mid;
+      }
+    }
+    return low;
+  };
+  const int own = end - begin > warp ? (end - begin - warp + kWarps - 1) / kWarps : 0;
+
+  // --- the ring; sources of the next steps are looked up by all lanes at once
+  constexpr int kPerLook = 32 / kTiles;
+  const int tiles_per_page = p.kv.page_size / kTokensPerTile;
+  // The page of a step comes from the page table and its slot from another table, by its page:
+  // loads whose latencies would add up. So pages are read two looks ahead and slots one.
+  struct place_t {
+    int page = -1;      // -1: there is nothing to read
+    int head_tile = 0;  // head << 20 | tile of the page
+  };
+  auto look = [&](int chunk) {
+    place_t place;
+    const int i = chunk * kPerLook + lane / kTiles;  // of this warp's steps
+    if (lane >= kPerLook * kTiles || i >= own) return place;
+    const int step = begin + warp + kWarps * i;
+    const int b = find(step);
+    const request_t r = Request<C>(p, b);
+    const int x = step - prefix[b], item = x / r.steps;
+    const int tile = (r.first_step + x - item * r.steps) * kTiles + lane % kTiles;
+    if (tile * kTokensPerTile >= r.length) return place;
+    const int page_of_request = tile / tiles_per_page;
+    place.page = __ldg(p.kv.page_table + TableEntry(p.kv, b, page_of_request));
+    place.head_tile = item / r.blocks << 20 | (tile - page_of_request * tiles_per_page);
+    return place;
+  };
+  auto slot_of = [&](const place_t& place) {
+    if (p.kv.tile_slots == nullptr || place.page < 0) return -1;
+    return __ldg(p.kv.tile_slots + static_cast<int64_t>(place.page) * tiles_per_page +
+                 (place.head_tile & 0xFFFFF));
+  };
+  auto source_of = [&](const place_t& place, int slot) -> const uint8_t* {
+    if (place.page < 0 || slot >= 0) return nullptr;  // what is kept in 16 bits is not brought
+    return TileAddress(p.kv, place.page, place.head_tile >> 20, place.head_tile & 0xFFFFF,
+                       C::kTile);
+  };
+  ring_t<C> ring;
+  ring.stages = ring_base + warp * num_stages * C::kStepBytes;
+  ring.stages_address = ptx::SharedAddress(ring.stages);
+  ring.barriers = ptx::SharedAddress(barriers + warp * num_stages);
+  ring.slots = slots + warp * kMaxStages * kTiles;
+  ring.num_stages = num_stages;
+  place_t place = look(0), after = look(1);
+  int slot = slot_of(place), after_slot = -1, source_head = place.head_tile >> 20;
+  const uint8_t* source = source_of(place, slot);
+  place = after, after_slot = slot_of(place), after = look(2);
+  unsigned issued = 0;
+  auto issue = [&](int stage) {
+    if (static_cast<int>(issued) < own) {
+      const unsigned first = issued % kPerLook * kTiles;
+      if (p.kv.tile_slots != nullptr && lane - first < kTiles) {
+        ring.slots[stage * kTiles + lane - first] = slot;
+        if (C::kBulk && slot >= 0) {
+          ptx::BulkPrefetch(
+              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
+                                (2 * kTokensPerTile * kHeadDim),
+              4 * kTokensPerTile * kHeadDim);
+        }
+      }
+      ring.Issue(stage, source, first, lane);
+      if (++issued % kPerLook == 0) {
+        source = source_of(place, after_slot), slot = after_slot;
+        source_head = place.head_tile >> 20;
+        place = after, after_slot = slot_of(place);
+        after = look(issued / kPerLook + 2);
+      }
+    }
+    // A group even when nothing is left, so that waiting for all but one means the oldest.
+    if constexpr (!C::kBulk) ptx::AsyncCommit();
+  };
+#pragma unroll 1
+  for (int i = 0; i < num_stages; ++i) issue(i);
+
+  const table_t k_table =
+      MakeTable<C::kKBits, C::kSumTables ? bytes_t::kSignedSum : bytes_t::kSigned>(p.k_codebook);
+  const table_t v_table = MakeTable<C::kVBits, bytes_t::kOffset128>(p.v_codebook);
+  const table_t v_negative = C::kVBits == 5 ? MakeNegativeTable5(p.v_codebook) : table_t{};
+  const float root = rsqrtf(static_cast<float>(kHeadDim));
+  const uint32_t k_signs = LaneSigns<kLane>(p.k_signs, lane);
+  const uint32_t v_signs = LaneSigns<kLane>(p.v_signs, lane);
+  const float k_unit = exp2f(-p.k_codebook.frac_bits) *
+                       (K::kKind == expand_t::kUniform2 ? p.k_codebook.magnitudes[0] : 1);
+  const float v_unit = exp2f(-p.v_codebook.frac_bits) *
+                       (V::kKind == expand_t::kUniform2 ? 2 * p.v_codebook.magnitudes[0] : 1);
+  const bool capped = p.logits_soft_cap > 0, centred = p.k_offset_rotated != nullptr;
+  // Which token of a tile a lane's scores belong to: row(half), see state_t.
+  const int row0 = kHalves == 1 ? g + (t >> 1) * 8 : g;
+  const int term_weight = t < 2 ? 256 : 1;
+
+  int own_step = begin + warp;
+#pragma unroll 1
+  for (int item_begin = begin; item_begin < end;) {
+    const int b = find(item_begin);
+    const request_t r = Request<C>(p, b);
+    const int x0 = item_begin - prefix[b], item = x0 / r.steps, step0 = x0 - item * r.steps;
+    const int head = item / r.blocks, block = item - head * r.blocks;
+    const int item_end = min(end, item_begin + r.steps - step0);
+
+    const int own_position = r.length - r.q_len;
+
+    if (tid == 0) {
+      const int first_position = own_position + block * kColumns / group;
+      const int last_position = own_position + (min((block + 1) * kColumns, r.rows) - 1) / group;
+      item_limits.x = p.window_left >= 0 ? last_position - p.window_left : 0;
+      item_limits.y = p.causal ? min(first_position + 1, r.length) : r.length;
+      item_limits.z = r.length;
+    }
+
+    // --- rotate the query rows of this item: a warp a row
+    for (int c = warp; c < kColumns; c += kWarps) {
+      const int row = block * kColumns + c;
+      float x[kLane];
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) x[i] = 0;
+      if (row < r.rows) {
+        const int64_t at = (r.first_row + row / group) * p.q_stride_n +
+                           static_cast<int64_t>(head * group + row % group) * p.q_stride_h;
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) {
+          const int j = lane * kLane + i;
+          if (j < (p.rotated_query ? kHeadDim : p.head_dim)) x[i] = LoadAs(p.q, at + j, p.q_dtype);
+        }
+        if (!p.rotated_query) {
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) {
+            if (k_signs >> i & 1) x[i] = -x[i];
+          }
+          WarpHadamard(x, lane);
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) x[i] *= root;
+        }
+      }
+      float largest = 0;
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) largest = fmaxf(largest, fabsf(x[i]));
+#pragma unroll
+      for (int o = 1; o < 32; o *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+      if (!(largest > 0)) largest = 1;
+      constexpr float kTop = 127.f * 256.f;
+      const float inverse = kTop / largest;
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) {
+        const int j = lane * kLane + i, q = __float2int_rn(x[i] * inverse), high = (q + 128) >> 8;
+        const int at = c * kHeadDim + K::QueryByte(j);
+        query[at] = high;
+        query[kColumns * kHeadDim + at] = q - 256 * high;
+        rows[c * kHeadDim + j] = x[i];
+        sum += q;
+      }
+      sum = __reduce_add_sync(~0u, sum);
+      if (lane == 0) {
+        // columns without a row see what the last row sees, so that they never call for masking
+        const int position = own_position + min(row, r.rows - 1) / group;
+        see_begin[c] = p.window_left >= 0 ? position - p.window_left : 0;
+        see_end[c] = p.causal ? min(position + 1, r.length) : r.length;
+        query_sum[c] = sum;
+        query_scale[c] = largest / kTop * p.sm_scale * kLog2E * k_unit;
+        offset_gain[c] = inverse / k_unit;  // from a product with the query to the unit of scores
+      }
+    }
+    __syncthreads();
+
+    // --- the query in fragments: column g of a block, bytes of k in order
+    uint32_t qb[kNB][C::kTerms][C::kQueryRegs];
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int term = 0; term < C::kTerms; ++term) {
+        const int row = kColumns == 4 ? g : term * kColumns + n * 8 + g;
+        const uint4* from =
+            reinterpret_cast<const uint4*>(query + row * kHeadDim + t * (kHeadDim / 4));
+#pragma unroll
+        for (int i = 0; i < C::kQueryRegs / 4; ++i) {
+          const uint4 x = from[i];
+          qb[n][term][4 * i] = x.x, qb[n][term][4 * i + 1] = x.y;
+          qb[n][term][4 * i + 2] = x.z, qb[n][term][4 * i + 3] = x.w;
+        }
+      }
+    }
+    float unit[kNB][2];
+    int sums[kNB][2];
+    auto column = [&](int n, int x) { return (n * 8 + 2 * t + x) & (kColumns - 1); };
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        unit[n][x] = capped ? 1.f : query_scale[column(n, x)];
+        sums[n][x] = query_sum[column(n, x)];
+      }
+    }
+    const int step_shift = r.first_step + step0 - item_begin;  // from the line to the request
+    state_t<C> state;
+    state.Reset();
+    const float cap = p.logits_soft_cap * kLog2E, inverse_cap = capped ? 2 / p.logits_soft_cap : 0;
+    // Scores in powers of two; tanh(y) = 1 - 2 / (exp(2 y) + 1)
+    auto soft_cap = [&](float x) {
+      return cap * (1 - __fdividef(2, ptx::Exp2(x * inverse_cap) + 1));
+    };
+    auto mask = [&](float(&s)[kNB][2 * kHalves], int token, int half) {
+#pragma unroll
+      for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const int c = column(n, x);
+          if (token < see_begin[c] || token >= see_end[c]) s[n][2 * half + x] = -INFINITY;
+        }
+      }
+    };
+
+    // --- a tile kept in 16 bits: the same with fp16 operands from global memory
+    auto attend_kept = [&](const int2 kept) {
+      const int slot = kept.x, token0 = kept.y;
+      const __half* window = p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + head) *
+                                               (2 * kTokensPerTile * kHeadDim);
+      // K: lane (g, t) reads coordinates 32 k + 8 t + 0..7 of tokens g and g + 8
+      constexpr int kLoads = kHeadDim / 32;
+      constexpr bool kEarly = kHeadDim <= 128;  // V's loads fit the registers as well
+      uint4 keys[kLoads][2], values[kEarly ? V::kSections : 1][2][V::kCodes / 4];
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          keys[k][half] = __ldg(
+              reinterpret_cast<const uint4*>(window + (g + half * 8) * kHeadDim + 32 * k + 8 * t));
+        }
+      }
+      // V: lane (g, t) reads, of tokens g and g + 8, the coordinates that rows 2t and 2t + 1 of
+      // the operands have, which are neighbours; transposing 8x8 blocks makes tokens run along k.
+      auto load_values = [&](uint4(&to)[2][V::kCodes / 4], int section) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint4* from =
+              reinterpret_cast<const uint4*>(window + (kTokensPerTile + half * 8 + g) * kHeadDim +
+                                             V::Coordinate(section, 0, 0, 2 * t));
+          // what was never written may be NaN, which a probability of zero would not stop
+          const bool written = token0 + half * 8 + g < item_limits.z;
+#pragma unroll
+          for (int k = 0; k < V::kCodes / 4; ++k) {
+            to[half][k] = written ? __ldg(from + k) : make_uint4(0, 0, 0, 0);
+          }
+        }
+      };
+      if constexpr (kEarly) {
+#pragma unroll
+        for (int section = 0; section < V::kSections; ++section)
+          load_values(values[section], section);
+      }
+      float s[1][kNB][2 * kHalves], none[1][kHalves] = {};
+#pragma unroll
+      for (int n = 0; n < kNB; ++n) {
+        float dots[4] = {0, 0, 0, 0};
+        const float* q = rows + ((n * 8 + g) & (kColumns - 1)) * kHeadDim;
+#pragma unroll
+        for (int k = 0; k < kLoads; ++k) {
+          const int j = 32 * k + 8 * t;
+          const uint4 x = keys[k][0], y = keys[k][1];
+          // the query in two fp16 terms, or its rounding would be the largest error of all
+          uint32_t high[4], low[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const __half2 h = __floats2half2_rn(q[j + 2 * i], q[j + 2 * i + 1]);
+            high[i] = *reinterpret_cast<const uint32_t*>(&h);
+            low[i] = PackHalf2(q[j + 2 * i] - __low2float(h), q[j + 2 * i + 1] - __high2float(h));
+          }
+          ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
+          ptx::MmaF16(dots, x.z, y.z, x.w, y.w, high[2], high[3]);
+          ptx::MmaF16(dots, x.x, y.x, x.y, y.y, low[0], low[1]);
+          ptx::MmaF16(dots, x.z, y.z, x.w, y.w, low[2], low[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2 * kHalves; ++e) {
+          float x = dots[e];
+          if constexpr (kHalves == 1) x = t < 2 ? dots[e] : dots[2 + e];
+          x *= p.sm_scale * kLog2E;
+          s[0][n][e] = capped ? soft_cap(x) : __fdividef(x, unit[n][e & 1]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) mask(s[0], token0 + half * 8 + row0, half);
+      uint32_t pb[1][kNB][2];
+      state.template Softmax<1, true>(s, none, unit, pb);
+      const float gain = state.v_gain / (v_unit * kWindowGain);
+#pragma unroll
+      for (int section = 0; section < V::kSections; ++section) {
+        if constexpr (!kEarly) load_values(values[0], section);
+        uint32_t words[2][V::kCodes];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int k = 0; k < V::kCodes / 4; ++k) {
+            const uint4 x = values[kEarly ? section : 0][half][k];
+            words[half][4 * k] = x.x, words[half][4 * k + 1] = x.y;
+            words[half][4 * k + 2] = x.z, words[half][4 * k + 3] = x.w;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < V::kBlocks; ++k) {
+          uint32_t a[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int at = V::Offset(k, e & 1);
+            a[e] = ptx::Transpose8x8(ptx::Permute(words[e / 2][at / 2],
+                                                  words[e / 2][(V::kCodes + at) / 2],
+                                                  at % 2 == 0 ? 0x5410 : 0x7632));
+          }
+#pragma unroll
+          for (int n = 0; n < kNB; ++n) {
+            float sum[4] = {0, 0, 0, 0};
+            ptx::MmaF16(sum, a[0], a[1], a[2], a[3], pb[0][n][0], pb[0][n][1]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              // uniform 2-bit outputs count in field units, see V::Expand
+              const float field = V::kKind == expand_t::kUniform2
+                                      ? 1.f / (1 << (24 - 2 * (2 * (k % 2) + e / 2)))
+                                      : 1.f;
+              state.o[n][section * V::kBlocks + k][e] += sum[e] * (gain * field);
+            }
+          }
+        }
+      }
+    };
+
+    int num_pending = 0;
+#pragma unroll 1
+    for (int pass_begin = item_begin; pass_begin < item_end;) {
+      int pass_end = item_end, first_segment = 0;
+      if (p.k_offset_rotated != nullptr) {
+        // --- scores of the offsets of K in this stretch: a warp a segment
+        const int at = r.first_step + step0 + pass_begin - item_begin;
+        first_segment = at * C::kStepTokens / kTokensPerSegment;
+        const int64_t segments_end =
+            static_cast<int64_t>(first_segment + kSegmentsPerPass) * kTokensPerSegment;
+        pass_end = min(item_end, pass_begin + static_cast<int>(segments_end / C::kStepTokens) - at);
+        const int last_token = (at + pass_end - pass_begin) * C::kStepTokens - 1;
+        const int segments =
+            min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
+        __syncthreads();
+        // Segments whose loads are in flight together; with four rows each, a lane a sum.
+        constexpr int kAtOnce = kLane <= 4 ? 8 : 32 / kLane, kSums = 4 * kAtOnce;
+#pragma unroll 1
+        for (int i0 = warp * kAtOnce; i0 < segments; i0 += kWarps * kAtOnce) {
+          float mu[kAtOnce][kLane];
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int segment = first_segment + min(i0 + i, segments - 1);
+            const float* from = p.k_offset_rotated +
+                                (static_cast<int64_t>(segment) * p.num_kv_heads + head) * kHeadDim;
+#pragma unroll
+            for (int k = 0; k < kLane; ++k) mu[i][k] = __ldg(from + lane + 32 * k);
+          }
+#pragma unroll 1
+          for (int c0 = 0; c0 < kColumns; c0 += 4) {
+            float dots[kSums];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+              float q[kLane];
+#pragma unroll
+              for (int k = 0; k < kLane; ++k) q[k] = rows[(c0 + c) * kHeadDim + lane + 32 * k];
+#pragma unroll
+              for (int i = 0; i < kAtOnce; ++i) {
+                float dot = 0;
+#pragma unroll
+                for (int k = 0; k < kLane; ++k) dot = fmaf(mu[i][k], q[k], dot);
+                dots[4 * i + c] = dot;
+              }
+            }
+            const float dot = SumSpread(dots, lane);
+            const int index = lane / (32 / kSums), i = i0 + index / 4, c = c0 + index % 4;
+            if (lane % (32 / kSums) == 0 && i < segments) {
+              offsets[i * kColumns + c] = dot * offset_gain[c];
+            }
+          }
+        }
+        __syncthreads();
+      }
+
+      for (;;) {
+#pragma unroll 1
+        for (; own_step < pass_end && num_pending <= kPending - kTiles; own_step += kWarps) {
+          const uint8_t* stage = ring.Wait();
+          const int token0 = (own_step + step_shift) * C::kStepTokens;
+          // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
+          unsigned kept = 0;
+          if (p.kv.tile_slots != nullptr) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              const int slot = ring.slots[ring.read * kTiles + i];
+              if (slot >= 0) {
+                if (lane == 0)
+                  pending[warp][num_pending] = make_int2(slot, token0 + i * kTokensPerTile);
+                ++num_pending;
+                kept |= 1u << i;
+              }
+            }
+          }
+          if (kept != (1u << kTiles) - 1) {
+            float s[kTiles][kNB][2 * kHalves], v_scale[kTiles][kHalves];
+            float offset[kNB][2];  // score of the part of K that its segment shares
+            uint32_t marks = 0;    // in bit 15: whether a key was stored uncentred
+            const int segment = token0 / kTokensPerSegment;
+            const bool has_offset = centred && segment < p.num_segments;
+#pragma unroll
+            for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+              for (int x = 0; x < 2; ++x) {
+                offset[n][x] =
+                    has_offset ? offsets[(segment - first_segment) * kColumns + column(n, x)] : 0.f;
+              }
+            }
+
+            // --- scores: S[token, column]; rows g and g + 8, columns 2t and 2t + 1
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              const uint8_t* tile = stage + i * C::kTile;
+              int acc[kNB][C::kTerms][4];
+#pragma unroll
+              for (int k = 0; k < K::kSteps; ++k) {
+                uint32_t w[2][K::kWords], h[2][2], a[2][K::kRegs], extra[2][K::kRegs];
+                K::Load(tile, k, g, t, w, h);
+                K::template Expand<C::kSumTables>(w, h, k_table, a, extra);
+#pragma unroll
+                for (int q = 0; q < K::kRegs / 2; ++q) {
+                  const int at = k * K::kRegs + 2 * q;
+#pragma unroll
+                  for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                    for (int term = 0; term < C::kTerms; ++term) {
+                      const uint32_t b0 = qb[n][term][at], b1 = qb[n][term][at + 1];
+                      if (at == 0) {
+                        ptx::MmaS8First(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
+                                        a[1][2 * q + 1], b0, b1);
+                      } else {
+                        ptx::MmaS8(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
+                                   a[1][2 * q + 1], b0, b1);
+                      }
+                      if constexpr (K::TwoTerms(C::kSumTables)) {
+                        ptx::MmaS8(acc[n][term], extra[0][2 * q], extra[1][2 * q],
+                                   extra[0][2 * q + 1], extra[1][2 * q + 1], b0, b1);
+                      }
+                    }
+                  }
+                }
+              }
+#pragma unroll
+              for (int half = 0; half < kHalves; ++half) {
+                const __half2 scales =
+                    *reinterpret_cast<const __half2*>(tile + kScales + (row0 + half * 8) * 4);
+                marks |= *reinterpret_cast<const uint32_t*>(&scales);
+                v_scale[i][half] = __high2float(scales);
+                const float k_scale = fabsf(__low2float(scales));
+#pragma unroll
+                for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                  for (int x = 0; x < 2; ++x) {
+                    int dot;
+                    if constexpr (kHalves == 1) {
+                      // High terms are in columns 0..3 and low terms in 4..7. Lanes t and t ^ 2
+                      // give each other what the other's token lacks.
+                      const int low_row = acc[n][0][x], high_row = acc[n][0][2 + x];
+                      const int keep = t < 2 ? low_row : high_row;
+                      const int give = (t < 2 ? high_row : low_row) * term_weight;
+                      dot = keep * term_weight + __shfl_xor_sync(~0u, give, 2);
+                    } else {
+                      dot = acc[n][0][2 * half + x] * 256 + acc[n][C::kTerms - 1][2 * half + x];
+                    }
+                    if constexpr (K::kKind == expand_t::kUniform2) dot = 2 * dot - 3 * sums[n][x];
+                    if constexpr (K::kKind == expand_t::kSignMagnitude5) dot += sums[n][x];
+                    s[i][n][2 * half + x] = fmaf(static_cast<float>(dot), k_scale, offset[n][x]);
+                  }
+                }
+              }
+            }
+            // Few tokens are stored uncentred.
+            if (has_offset && __any_sync(~0u, marks & 0x8000u)) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                  const uint8_t* at = stage + i * C::kTile + kScales + (row0 + half * 8) * 4;
+                  if (*reinterpret_cast<const uint32_t*>(at) & 0x8000u) {
+#pragma unroll
+                    for (int n = 0; n < kNB; ++n) {
+                      s[i][n][2 * half] -= offset[n][0], s[i][n][2 * half + 1] -= offset[n][1];
+                    }
+                  }
+                }
+              }
+            }
+            if (capped) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                  for (int e = 0; e < 2 * kHalves; ++e) {
+                    s[i][n][e] = soft_cap(s[i][n][e] * query_scale[column(n, e & 1)]);
+                  }
+                }
+              }
+            }
+            if (token0 + C::kStepTokens > item_limits.y || token0 < item_limits.x) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                  const int token = token0 + i * kTokensPerTile + half * 8 + row0;
+                  mask(s[i], token, half);
+                  // what was never written may be anything
+                  if (token >= item_limits.z) v_scale[i][half] = 0;
+                }
+              }
+            }
+            if (kept != 0) {
+#pragma unroll
+              for (int i = 0; i < kTiles; ++i) {
+                if (!(kept >> i & 1)) continue;
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) {
+                  v_scale[i][half] = 0;
+#pragma unroll
+                  for (int n = 0; n < kNB; ++n)
+                    s[i][n][2 * half] = s[i][n][2 * half + 1] = -INFINITY;
+                }
+              }
+            }
+
+            uint32_t pb[kTiles][kNB][2];
+            state.template Softmax<kTiles, false>(s, v_scale, unit, pb);
+
+            // --- O[coordinate, column] += V[coordinate, token] P[token, column]
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              const uint8_t* v = stage + i * C::kTile + K::kBytes;
+              constexpr uint32_t kConstant =
+                  V::kKind == expand_t::kUniform2 ? 0xBE00BE00u : 0xE480E480u;
+              // Levels come with a constant added (1.5 codes, or 1152): the product of its negative
+              // with the same rounded probabilities takes it away again, before it can swamp the
+              // sum.
+#pragma unroll
+              for (int n = 0; n < kNB; ++n) {
+                ptx::MmaF16(state.correction[n], kConstant, kConstant, kConstant, kConstant,
+                            pb[i][n][0], pb[i][n][1]);
+              }
+#pragma unroll
+              for (int section = 0; section < V::kSections; ++section) {
+                uint32_t w[V::kWords], h[2];
+                V::Load(v, section, lane, w, h);
+#pragma unroll
+                for (int k = 0; k < V::kBlocks; ++k) {
+                  uint32_t a[4];
+                  V::Expand(w, h, k, v_table, v_negative, a);
+#pragma unroll
+                  for (int n = 0; n < kNB; ++n) {
+                    ptx::MmaF16(state.o[n][section * V::kBlocks + k], a[0], a[1], a[2], a[3],
+                                pb[i][n][0], pb[i][n][1]);
+                  }
+                }
+              }
+            }
+          }
+          __syncwarp();
+          issue(ring.read);  // the stage just read
+          ring.Advance();
+          if constexpr (V::kKind != expand_t::kUniform2) {
+            if (((own_step / kWarps) & (kFlushSteps - 1)) == 0) state.Flush();
+          }
+        }
+        if (own_step >= pass_end) break;
+        __syncwarp();
+#pragma unroll 1
+        for (int i = 0; i < num_pending; ++i) attend_kept(pending[warp][i]);
+        num_pending = 0;
+        __syncwarp();
+      }
+      pass_begin = pass_end;
+    }
+    if (p.kv.tile_slots != nullptr) {
+      // The newest tokens are a few neighbouring tiles: the warps share what is left.
+      if (lane == 0) num_kept[warp] = num_pending;
+      __syncthreads();
+      int before = 0;
+#pragma unroll 1
+      for (int w = 0; w < kWarps; ++w) {
+        for (int i = (warp - before % kWarps + kWarps) % kWarps; i < num_kept[w]; i += kWarps) {
+          attend_kept(pending[w][i]);
+        }
+        before += num_kept[w];
+      }
+    }
+
+    // --- merge the warps of this CTA
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+#pragma unroll
+        for (int q = 2 * kHalves; q < 32; q *= 2)
+          state.l[n][x] += __shfl_xor_sync(~0u, state.l[n][x], q);
+        state.m[n][x] *= unit[n][x];
+        if (g == 0 && (kColumns > 4 || t < 2)) {
+          warp_max[warp][column(n, x)] = state.m[n][x];
+          warp_sum[warp][column(n, x)] = state.l[n][x];
+        }
+      }
+    }
+    __syncthreads();
+    float factor[kNB][2];
+#pragma unroll
+    for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        float top = warp_max[0][column(n, x)];
+#pragma unroll
+        for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_max[i][column(n, x)]);
+        factor[n][x] = ptx::Exp2(state.m[n][x] - top) * (v_unit / state.v_gain);
+      }
+    }
+    if (tid < kColumns) {
+      float top = warp_max[0][tid], sum = 0;
+      for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_max[i][tid]);
+      for (int i = 0; i < kWarps; ++i) sum += warp_sum[i][tid] * ptx::Exp2(warp_max[i][tid] - top);
+      row_max[tid] = top;
+      row_sum[tid] = sum;
+    }
+    constexpr int kRegs = kNB * C::kOutBlocks * 4;
+#pragma unroll
+    for (int chunk = 0; chunk < kRegs; chunk += C::kMergeRegs) {
+      if (chunk > 0) __syncthreads();
+#pragma unroll
+      for (int q = 0; q < C::kMergeRegs; ++q) {
+        const int n = (chunk + q) / (C::kOutBlocks * 4), i = (chunk + q) / 4 % C::kOutBlocks,
+                  e = q % 4;
+        float x = state.o[n][i][e];
+        if constexpr (V::kKind == expand_t::kUniform2) {
+          x = x * static_cast<float>(1 << (24 - 2 * (2 * (i % 2) + e / 2))) +
+              state.correction[n][e];
+        } else {
+          x += state.correction[n][e];
+        }
+        merge[(warp * C::kMergeRegs + q) * 32 + lane] = x * factor[n][e & 1];
+      }
+      __syncthreads();
+      for (int at = tid; at < C::kMergeRegs * 32; at += C::kThreads) {
+        const int reg = chunk + at / 32, n = reg / (C::kOutBlocks * 4), i = reg / 4 % C::kOutBlocks;
+        const int gg = at % 32 / 4, c = n * 8 + at % 4 * 2 + (reg & 1);
+        if (c < kColumns) {
+          float x = 0;
+#pragma unroll
+          for (int w = 0; w < kWarps; ++w) x += merge[w * C::kMergeRegs * 32 + at];
+          rows[c * kHeadDim + V::Coordinate(i / V::kBlocks, i % V::kBlocks, reg >> 1 & 1, gg)] = x;
+        }
+      }
+    }
+    __syncthreads();
+
+    // --- an item that spans CTAs: leave the part in the workspace; the last to arrive combines
+    bool write = true;
+    if (step0 != 0 || item_end - item_begin != r.steps) {
+      int* counters = static_cast<int*>(p.workspace);
+      // Items of all requests, at most max_q_len rows each.
+      const int max_blocks = (p.max_q_len * group + kColumns - 1) / kColumns;
+      const int counter = (b * p.num_kv_heads + head) * max_blocks + block;
+      const int64_t num_counters = static_cast<int64_t>(p.batch_size) * p.num_kv_heads * max_blocks;
+      float* partials = reinterpret_cast<float*>(counters + (num_counters + 63) / 64 * 64);
+      // Of a CTA's items only the first and the last can be parts.
+      float* mine =
+          partials + static_cast<int64_t>(2 * cta + (item_begin == begin ? 0 : 1)) * C::kPartial;
+      for (int at = tid; at < kColumns * kHeadDim / 4; at += C::kThreads) {
+        __stcg(reinterpret_cast<float4*>(mine) + at, reinterpret_cast<const float4*>(rows)[at]);
+      }
+      if (tid < kColumns) {
+        __stcg(mine + kColumns * kHeadDim + tid, row_max[tid]);
+        __stcg(mine + kColumns * kHeadDim + kColumns + tid, row_sum[tid]);
+      }
+      const int line_begin = item_begin - step0;
+      const int first_cta = item_ctas > 0 ? first_cta_of_item : owner(line_begin);
+      const int parts = item_ctas > 0 ? item_ctas : owner(line_begin + r.steps - 1) - first_cta + 1;
+      __threadfence();
+      __syncthreads();
+      if (tid == 0) {
+        const int arrived = atomicAdd(counters + counter, 1);
+        is_last = arrived == parts - 1;
+        if (is_last) counters[counter] = 0;
+        __threadfence();
+      }
+      __syncthreads();
+      write = is_last;
+      if (write) {
+        const int first_part = item_ctas > 0 || share(first_cta) >= line_begin ? 0 : 1;
+        auto part = [&](int i) {
+          return partials + static_cast<int64_t>(2 * (first_cta + i) + (i == 0 ? first_part : 0)) *
+                                C::kPartial;
+        };
+        // Many loads in flight: at small batches their latency is what this costs.
+        constexpr int kAtOnce = 16;
+        for (int at = tid * 4; at < kColumns * kHeadDim; at += C::kThreads * 4) {
+          const int c = at / kHeadDim;
+          float top = -3e38f, sum = 0, x[4] = {0, 0, 0, 0};
+          for (int i0 = 0; i0 < parts; i0 += kAtOnce) {
+            float tops[kAtOnce], sums_of[kAtOnce];
+            float4 xs[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              const bool valid = i0 + i < parts;
+              const float* from = part(valid ? i0 + i : 0);
+              tops[i] = valid ? __ldcg(from + kColumns * kHeadDim + c) : -3e38f;
+              sums_of[i] = valid ? __ldcg(from + kColumns * kHeadDim + kColumns + c) : 0.f;
+              xs[i] = valid ? __ldcg(reinterpret_cast<const float4*>(from + at))
+                            : make_float4(0, 0, 0, 0);
+            }
+            float higher = top;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) higher = fmaxf(higher, tops[i]);
+            const float f = ptx::Exp2(top - higher);
+            sum *= f, x[0] *= f, x[1] *= f, x[2] *= f, x[3] *= f;
+            top = higher;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              const float w = ptx::Exp2(tops[i] - higher);
+              sum += sums_of[i] * w;
+              x[0] += xs[i].x * w, x[1] += xs[i].y * w, x[2] += xs[i].z * w, x[3] += xs[i].w * w;
+            }
+          }
+          *reinterpret_cast<float4*>(rows + at) = make_float4(x[0], x[1], x[2], x[3]);
+          if (at % kHeadDim == 0) row_max[c] = top, row_sum[c] = sum;
+        }
+        __syncthreads();
+      }
+    }
+
+    // --- normalise, un-rotate and write: a warp a row
+    if (write) {
+      for (int c = warp; c < kColumns; c += kWarps) {
+        const int row = block * kColumns + c;
+        if (row >= r.rows) continue;
+        const int qo_head = head * group + row % group;
+        const int64_t token = r.first_row + row / group;
+        float top = row_max[c], sum = row_sum[c], f = 1;
+        if (p.sinks != nullptr) {
+          const float sink = __ldg(p.sinks + qo_head) * kLog2E, higher = fmaxf(top, sink);
+          f = ptx::Exp2(top - higher);
+          sum = sum * f + ptx::Exp2(sink - higher);
+          top = higher;
+        }
+        f = sum > 0 ? f / sum : 0.f;
+        // NaN must not turn into zero
+        if (isnan(sum)) f = sum;
+        float x[kLane];
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) x[i] = rows[c * kHeadDim + lane * kLane + i] * f;
+        if (!p.rotated_output) {
+          WarpHadamard(x, lane);
+#pragma unroll
+          for (int i = 0; i < kLane; ++i) {
+            x[i] *= v_signs >> i & 1 ? -root : root;
+          }
+        }
+        const int64_t at = token * p.out_stride_n + qo_head * p.out_stride_h;
+#pragma unroll
+        for (int i = 0; i < kLane; ++i) {
+          const int j = lane * kLane + i;
+          if (j < (p.rotated_output ? kHeadDim : p.head_dim))
+            StoreAs(p.out, at + j, p.out_dtype, x[i]);
+        }
+        if (p.lse != nullptr && lane == 0) {
+          p.lse[token * p.lse_stride_n + qo_head] = sum > 0      ? top + log2f(sum)
+                                                    : isnan(sum) ? sum
+                                                                 : -INFINITY;
+        }
+      }
+    }
+    __syncthreads();  // the next item reuses rows
+    item_begin = item_end;
+  }
+}
+
+}  // namespace decode_detail
+}  // namespace turbokv
+
+#endif  // TURBOKV_DECODE_KERNEL_CUH_
