@@ -27,7 +27,11 @@ DEVICE_ONLY = (
     "decode_softmax.cuh",
     "decode_warp.cuh",
     "expand.cuh",
+    "launch.cuh",
     "ptx.cuh",
+    "store_tile.cuh",
+    "store_vector.cuh",
+    "tile_rows.cuh",
 )
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 _CUDA = re.compile(r"cuda[a-z0-9_]*\.h")

@@ -169,6 +169,37 @@ def test_decompress_reads_what_the_reference_reads(
         )
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_decompress_is_exact_before_it_rounds(head_dim: int, bits: int) -> None:
+    """Sums of levels are integers: against fp64 only the last rounding, to 16 bits, is seen."""
+    heads, length = 2, 512
+    cache = make(head_dim, (bits, bits), 32, heads, 16)
+    k, v = 3 * torch.randn(2, length, heads, head_dim, device=DEVICE)
+    table = torch.arange(32, dtype=torch.int32, device=DEVICE)
+    cache.append(k, v, torch.arange(length, device=DEVICE))
+    codec = cache.codec
+    k_packed, k_norms, v_packed, v_norms = cache.gather_packed(table, length)
+    # level * scale has at most 19 bits, so these are exact
+    raw_k = codec.decompress_k_raw(k_packed, k_norms).double()
+    raw_v = codec.decompress_v_raw(v_packed, v_norms).double()
+    back_k = codec.rotate_query(torch.eye(head_dim, device=DEVICE)).T
+    back_v = codec.unrotate_output(torch.eye(codec.padded_dim, device=DEVICE))
+    root = codec.padded_dim**-0.5
+    exact = (raw_k @ (back_k.sign().double() * root), raw_v @ (back_v.sign().double() * root))
+    formats = (codec.vector_format("k"), codec.vector_format("v"))
+    # half a last place, and half the smallest subnormal
+    for dtype, relative, least in (
+        (torch.float16, 2.0**-11, 2.0**-25),
+        (torch.bfloat16, 2.0**-8, 0.0),
+    ):
+        out = torch.full((2, length, heads, head_dim), float("nan"), device=DEVICE).to(dtype)
+        cuda.decompress(cache.pages, *formats, 16, table, out[0], out[1])
+        for actual, wanted in zip(out, exact, strict=True):
+            bound = (wanted.abs() * relative).clamp(min=least) * (1 + 2.0**-9) + 1e-30
+            assert ((actual.double() - wanted).abs() <= bound).all()
+
+
 def test_decompress_adds_offsets_and_overlays_copies() -> None:
     heads, length = 2, 600
     cache = make(128, (4, 4), 40, heads, 16)

@@ -32,13 +32,13 @@ __device__ __forceinline__ void MmaS8(int (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/*! \brief The same from zero: c[16x8] = a[16x32] * b[32x8]. */
+/*! \brief The same from one number: c[16x8] = from + a[16x32] * b[32x8]. */
 __device__ __forceinline__ void MmaS8First(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                           uint32_t a3, uint32_t b0, uint32_t b1) {
+                                           uint32_t a3, uint32_t b0, uint32_t b1, int from = 0) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%10,%10,%10,%10};"
       : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(from));
 }
 
 /*! \brief c[16x8] += a[16x16] * b[16x8], fp16 with fp32 accumulators. */
