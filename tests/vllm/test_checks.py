@@ -34,6 +34,7 @@ def config(**changes: Any) -> Any:
             is_hybrid=False,
             dtype=torch.bfloat16,
             head_dim=128,
+            hf_text_config=SimpleNamespace(layer_types=None),
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=2,
@@ -87,6 +88,17 @@ def test_a_plain_configuration_passes() -> None:
                 "additional_config": {"turbokv": {"decode": "decompress"}},
             },
             "decode='decompress' is not supported with speculative decoding",
+        ),
+        (
+            {
+                "model_config__hf_text_config__layer_types": [
+                    "sliding_attention",
+                    "full_attention",
+                    "sliding_attention",
+                ],
+                "additional_config": {"turbokv": {"skip_layers": [0, 1]}},
+            },
+            r"skip_layers: wanted sliding-window layers only.*got layers \[1\]",
         ),
         ({"cache_config__block_size": 24}, "block_size: wanted a multiple of 16, got 24"),
         (

@@ -84,6 +84,13 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
             "skip_layers is not supported for models that mix attention with linear layers: every"
             " page would be padded to the size of a 16-bit one"
         )
+    kinds = getattr(config.model_config.hf_text_config, "layer_types", None) or ()
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention" and str(i) in skipped]
+    if full and len(full) < len(kinds) and "sliding_attention" in kinds:
+        yield (
+            "skip_layers: wanted sliding-window layers only, as this model has both and pages would"
+            f" be padded to the size of a full layer's in 16 bits, got layers {full}"
+        )
     if config.cache_config.block_size is not None and config.cache_config.block_size % 16:
         yield f"block_size: wanted a multiple of 16, got {config.cache_config.block_size}"
 
