@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tile loader's arithmetic and addresses, emulated thread by thread with g++: no GPU needed."""
+"""The tile loader emulated with g++, a thread for a thread of the block: no GPU needed."""
 
 import ctypes
 import shutil
@@ -27,7 +27,7 @@ def emulate(tmp_path_factory):
     compiler = shutil.which("g++")
     assert compiler is not None, "the loader is emulated with g++: wanted it on PATH"
     library = tmp_path_factory.mktemp("emulation") / "libloader.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Werror"]
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wall", "-Werror"]
     command += ["-Wno-unknown-pragmas", *(f"-I{path}" for path in INCLUDES)]
     subprocess.run([*command, str(HERE / "loader.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library)).Emulate

@@ -154,9 +154,14 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
             batch.check_causal()
         if fixed_split_size is not None:
             checks.count(fixed_split_size, "fixed_split_size", 1)
-        if disable_split_kv and self._use_cuda_graph:
-            # FlashInfer's kernels would then run blocks that no request was planned for
-            raise ValueError("disable_split_kv: wanted False in CUDA graph mode, got True")
+        # The splits of a window are laid out for queries that see no token after their own.
+        wide = window_left >= 0 and not causal
+        if self._use_cuda_graph and (wide or disable_split_kv):
+            # without splits FlashInfer's kernels would run blocks that no request was planned for
+            name = "causal" if wide else "disable_split_kv"
+            raise ValueError(
+                f"{name}: wanted {wide} in CUDA graph mode, as KV has to be split, got {not wide}"
+            )
         num_rows = sum(batch.qo_lens)
         rows = num_rows
         if self._use_cuda_graph:
@@ -191,7 +196,7 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
             self._use_cuda_graph,
             window_left,
             -1 if fixed_split_size is None else fixed_split_size,
-            disable_split_kv,
+            disable_split_kv or wide,
         )
 
     def _reserve(self, rows: int, shape: Shape) -> None:

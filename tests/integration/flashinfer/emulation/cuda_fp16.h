@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the tile loader uses of CUDA, for g++: one thread at a time, fp16 with one rounding.
+// What the tile loader uses of CUDA, for g++; fp16 with one rounding.
 #ifndef TURBOKV_TESTS_EMULATION_CUDA_FP16_H_
 #define TURBOKV_TESTS_EMULATION_CUDA_FP16_H_
 
@@ -24,7 +24,7 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
-inline void __syncthreads() {}  // callers run a phase for all threads before the next phase
+void __syncthreads();
 
 struct __half {
   _Float16 x;

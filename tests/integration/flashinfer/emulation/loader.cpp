@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tile loader run by g++: the calls that the patched prefill kernel makes for one chunk of KV,
-// phase by phase, each for all threads of a block. For tests/integration/flashinfer.
+// The tile loader run by g++, a thread of the host for a thread of the block: the calls that the
+// patched prefill kernel makes for one chunk of KV, and its barriers. Copies that are asynchronous
+// on a GPU arrive at once here. For tests/integration/flashinfer.
 #include <cuda_fp16.h>
+#include <pthread.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "turbokv/flashinfer/kv_tile_loader.cuh"
+
+static pthread_barrier_t barrier;
+void __syncthreads() { pthread_barrier_wait(&barrier); }
 
 namespace {
 
@@ -61,25 +67,28 @@ void Run(const params_t& params, int head, int start, int end, uint16_t* k, uint
   std::vector<uint4> memory(kBytes / 16 + 1);
   std::memset(memory.data(), 0xff, memory.size() * 16);  // NaN, wherever nothing is written
   Storage& storage = *reinterpret_cast<Storage*>(memory.data());
-  std::vector<Loader> threads;
-  // Twice, as a thread reads what others wrote before a barrier within load: the second time all
-  // of it is there.
-  for (int pass = 0; pass < 2; ++pass) {
-    threads.clear();
-    for (uint32_t tid = 0; tid < Traits::NUM_THREADS; ++tid) {
-      threads.emplace_back(params, storage, 0, head, start, end, tid);
+  auto thread = [&](uint32_t tid) {
+    Loader loader(params, storage, 0, head, start, end, tid);
+    loader.template load<Traits, false>(0);
+    loader.template load<Traits, true>(0);
+    for (int iter = 0; start + iter * TILE_KV < end; ++iter) {
+      __syncthreads();
+      loader.template finish<Traits, false>(iter);
+      if (tid == 0) Dump<HEAD_DIM>(storage.k_smem, TILE_KV, k + iter * TILE_KV * HEAD_DIM);
+      __syncthreads();
+      loader.template load<Traits, false>(iter + 1);
+      __syncthreads();
+      loader.template finish<Traits, true>(iter);
+      if (tid == 0) Dump<HEAD_DIM>(storage.v_smem, TILE_KV, v + iter * TILE_KV * HEAD_DIM);
+      __syncthreads();
+      loader.template load<Traits, true>(iter + 1);
     }
-    for (Loader& thread : threads) thread.template load<Traits, false>(0);
-  }
-  for (Loader& thread : threads) thread.template load<Traits, true>(0);
-  for (int iter = 0; start + iter * TILE_KV < end; ++iter) {
-    for (Loader& thread : threads) thread.template finish<Traits, false>(iter);
-    Dump<HEAD_DIM>(storage.k_smem, TILE_KV, k + iter * TILE_KV * HEAD_DIM);
-    for (Loader& thread : threads) thread.template load<Traits, false>(iter + 1);
-    for (Loader& thread : threads) thread.template finish<Traits, true>(iter);
-    Dump<HEAD_DIM>(storage.v_smem, TILE_KV, v + iter * TILE_KV * HEAD_DIM);
-    for (Loader& thread : threads) thread.template load<Traits, true>(iter + 1);
-  }
+  };
+  pthread_barrier_init(&barrier, nullptr, Traits::NUM_THREADS);
+  std::vector<std::thread> block;
+  for (uint32_t tid = 0; tid < Traits::NUM_THREADS; ++tid) block.emplace_back(thread, tid);
+  for (std::thread& member : block) member.join();
+  pthread_barrier_destroy(&barrier);
   // nothing may have been written past the memory that was asked for
   for (size_t i = kBytes; i < memory.size() * 16; ++i) {
     if (reinterpret_cast<const uint8_t*>(memory.data())[i] != 0xff) std::abort();

@@ -72,29 +72,18 @@ struct KVTileLoader {
         end_(chunk_end),
         tid_(tid) {}
 
-  /*! \brief Start to bring the codes, or the 16-bit copies, of a tile of K or V. */
+  /*! \brief Start to bring what goes to the kernel's own tile of K or V: 16-bit copies. Codes are
+   * on their way since `finish` has emptied their place, save those of the first tiles. */
   template <typename KTraits, bool IS_V>
   __device__ __forceinline__ void load(uint32_t iter) {
     namespace cp = flashinfer::cp_async;
-    constexpr uint32_t kTiles = KTraits::CTA_TILE_KV / kTokens;
-    constexpr uint32_t kChunks = (IS_V ? kValueStage : kKeyStage) / 16;
-    if (!IS_V && iter == 0) Begin<kTiles>();
-    const entry_t* entries = Entries<kTiles>();
-    uint8_t* stage = IS_V ? ValueStage<kTiles>(0) : KeyStage(0);
-    for (uint32_t i = tid_; i < kTiles * kChunks; i += KTraits::NUM_THREADS) {
-      const uint32_t tile = i / kChunks, chunk = i % kChunks;
-      const entry_t entry = entries[tile];
-      if (entry.kind != kCodes) continue;
-      uint32_t from = chunk * 16;
-      if (IS_V) {
-        from += kLayout.v_base;
-      } else if (chunk * 16 >= kLayout.v_base) {
-        from += kLayout.scales - kLayout.v_base;
-      }
-      cp::load_128b<cp::PrefetchMode::kNoPrefetch>(stage + i * 16, entry.source + from);
+    constexpr uint32_t kTiles = KTraits::CTA_TILE_KV / kTokens, kColumns = HEAD_DIM / 8;
+    if (iter == 0) {
+      if (!IS_V) Begin<kTiles>();
+      Fetch<KTraits, IS_V>();
     }
+    const entry_t* entries = Entries<kTiles>();
     if (params_.tiles.tile_slots != nullptr) {
-      constexpr uint32_t kColumns = HEAD_DIM / 8;
 #pragma unroll 1
       for (uint32_t tile = 0; tile < kTiles; ++tile) {
         const entry_t entry = entries[tile];
@@ -113,7 +102,8 @@ struct KVTileLoader {
     if (tid_ < kTiles) Kinds<kTiles>(IS_V)[tid_] = entries[tid_].kind;
   }
 
-  /*! \brief Turn codes that have arrived into rows, for all threads to read. */
+  /*! \brief Turn codes that have arrived into rows, for all threads to read; then start to bring
+   *  the codes of the next tile. */
   template <typename KTraits, bool IS_V>
   __device__ __forceinline__ void finish(uint32_t iter) {
     constexpr uint32_t kTiles = KTraits::CTA_TILE_KV / kTokens;
@@ -128,6 +118,7 @@ struct KVTileLoader {
       if (looks) Entries<kTiles>()[tid_] = next;
     }
     __syncthreads();
+    Fetch<KTraits, IS_V>();
   }
 
  private:
@@ -208,6 +199,28 @@ struct KVTileLoader {
     }
     LookUp<TILES>(iter + 1);
     return entry;
+  }
+
+  /*! \brief Start to bring the codes of the tiles that the entries tell of. */
+  template <typename KTraits, bool IS_V>
+  __device__ __forceinline__ void Fetch() const {
+    namespace cp = flashinfer::cp_async;
+    constexpr uint32_t kTiles = KTraits::CTA_TILE_KV / kTokens;
+    constexpr uint32_t kChunks = (IS_V ? kValueStage : kKeyStage) / 16;
+    const entry_t* entries = Entries<kTiles>();
+    uint8_t* stage = IS_V ? ValueStage<kTiles>(0) : KeyStage(0);
+    for (uint32_t i = tid_; i < kTiles * kChunks; i += KTraits::NUM_THREADS) {
+      const uint32_t tile = i / kChunks, chunk = i % kChunks;
+      const entry_t entry = entries[tile];
+      if (entry.kind != kCodes) continue;
+      uint32_t from = chunk * 16;
+      if (IS_V) {
+        from += kLayout.v_base;
+      } else if (chunk * 16 >= kLayout.v_base) {
+        from += kLayout.scales - kLayout.v_base;
+      }
+      cp::load_128b<cp::PrefetchMode::kNoPrefetch>(stage + i * 16, entry.source + from);
+    }
   }
 
   template <uint32_t TILES>
