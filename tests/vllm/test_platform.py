@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the patched vLLM makes of our dtypes, on a pretended H100: no GPU, no kernels, no weights."""
+"""What the patched vLLM makes of our dtypes, on a pretended H100: no GPU, no weights."""
 
 from __future__ import annotations
 
@@ -104,14 +104,12 @@ def test_sliding_windows_and_full_attention_share_pages(models: pathlib.Path) ->
 
 def test_without_the_hybrid_manager_windows_are_full_specs(models: pathlib.Path) -> None:
     found = describe(models / "mixed", "tq4", disable_hybrid_kv_cache_manager=True)
-    assert {name for name, _ in found["groups"]} <= {
-        "TQFullAttentionSpec",
-        "UniformTypeKVCacheSpecs",
-    }
+    names = {name for name, _ in found["groups"]}
+    assert names <= {"TQFullAttentionSpec", "UniformTypeKVCacheSpecs"}
     assert found["pages"] == [2 * 16 * 132]
 
 
-@pytest.mark.parametrize("skip", [["sliding_window"], [2], [0, 5]])
+@pytest.mark.parametrize("skip", [["sliding_window"], [1], [0, 4]])
 def test_skipped_layers_get_another_backend(skip: list[Any], models: pathlib.Path) -> None:
     options = {"turbokv": {"skip_layers": skip}}
     found = describe(models / "mixed", "tq4", additional_config=options)
@@ -120,6 +118,12 @@ def test_skipped_layers_get_another_backend(skip: list[Any], models: pathlib.Pat
         is_skipped = i in skip or (skip == ["sliding_window"] and kind == "sliding")
         assert backend == ("FLASH_ATTN" if is_skipped else "TURBOKV")
     assert len(found["pages"]) == 1
+
+
+def test_a_full_layer_among_sliding_ones_is_not_skipped(models: pathlib.Path) -> None:
+    options = {"turbokv": {"skip_layers": [2]}}
+    message = refused(models / "mixed", "tq4", additional_config=options)
+    assert "skip_layers: wanted sliding-window layers only" in message
 
 
 @pytest.mark.parametrize("dtype", ["tq4", "tq2"])
@@ -145,7 +149,6 @@ def test_unknown_options_stop_the_start(models: pathlib.Path) -> None:
 def test_flashinfer_is_asked_for_before_it_is_needed(models: pathlib.Path) -> None:
     if importlib.util.find_spec("flashinfer") is not None:
         pytest.skip("FlashInfer is installed")
-    message = refused(
-        models / "dense", "tq4", additional_config={"turbokv": {"path": "flashinfer"}}
-    )
+    options = {"turbokv": {"path": "flashinfer"}}
+    message = refused(models / "dense", "tq4", additional_config=options)
     assert "needs the patched FlashInfer" in message
