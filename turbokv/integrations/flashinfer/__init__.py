@@ -4,6 +4,7 @@
 Needs the patched FlashInfer (``patches/flashinfer``), which exports these names too.
 """
 
+from turbokv.integrations import identity
 from turbokv.integrations.flashinfer.decode import BatchDecodeWithPagedTurboKVCacheWrapper
 from turbokv.integrations.flashinfer.jit import gen_turbokv_modules
 from turbokv.integrations.flashinfer.page import append_paged_turbokv_cache
@@ -15,3 +16,6 @@ __all__ = [
     "append_paged_turbokv_cache",
     "gen_turbokv_modules",
 ]
+
+# FlashInfer compiles its own copies of our headers: one built with others ends here.
+identity.check("flashinfer", "flashinfer-python")
