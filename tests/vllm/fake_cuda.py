@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretend to be an H100, make a model's attention layers, and print what vLLM makes of their cache.
 
-Run in a process of its own: ``fake_cuda.py FOLDER DTYPE [ENGINE_ARGUMENTS]`` prints JSON. What runs
-is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders.
+Run in a process of its own, which answers lines of JSON, ``[folder, dtype, arguments]``. What runs is
+vLLM's own configuration, selection, specs, grouping, allocation and metadata builders.
 """
 
 from __future__ import annotations
@@ -186,5 +186,9 @@ def _linear_specs(config: Any, kinds: list[str], spec: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     pretend()
-    extra = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    print(json.dumps(describe(sys.argv[1], sys.argv[2], extra)))
+    for line in sys.stdin:
+        try:
+            answer = {"found": describe(*json.loads(line))}
+        except Exception as error:  # whatever vLLM raises is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
+_process: list[subprocess.Popen[str]] = []
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -43,8 +44,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@functools.cache
-def _run(model: str, dtype: str, arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="session", autouse=True)
+def pretended() -> Iterator[None]:
+    """Keep one process, since importing vLLM takes most of the time."""
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -52,20 +54,42 @@ def _run(model: str, dtype: str, arguments: str) -> subprocess.CompletedProcess[
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     environment.pop("TRITON_INTERPRET", None)
-    script = [sys.executable, str(ROOT / "tests/vllm/fake_cuda.py"), model, dtype, arguments]
-    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    _process.append(
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/vllm/fake_cuda.py")],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    )
+    yield
+    _process.pop().communicate()
+
+
+def _ask(folder: pathlib.Path, dtype: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    process = _process[0]
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps([str(folder), dtype, arguments]) + "\n")
+    process.stdin.flush()
+    for line in process.stdout:  # libraries may print, too
+        if line.startswith(('{"found"', '{"error"')):
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+    raise RuntimeError(f"the process ended with {process.wait()}")
 
 
 def describe(folder: pathlib.Path, dtype: str, **arguments: Any) -> Any:
-    done = _run(str(folder), dtype, json.dumps(arguments))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    answer = _ask(folder, dtype, arguments)
+    assert "found" in answer, answer
+    return answer["found"]
 
 
 def refused(folder: pathlib.Path, dtype: str, **arguments: Any) -> str:
-    done = _run(str(folder), dtype, json.dumps(arguments))
-    assert done.returncode != 0
-    return done.stderr
+    answer = _ask(folder, dtype, arguments)
+    assert "error" in answer, answer
+    return str(answer["error"])
 
 
 def test_the_dtype_chooses_the_backend(models: pathlib.Path) -> None:
