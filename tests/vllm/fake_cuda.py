@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretend to be an H100, make a model's attention layers, and print what vLLM makes of their cache.
 
-Run in a process of its own, which answers lines of JSON, ``[folder, dtype, arguments]``. What runs is
-vLLM's own configuration, selection, specs, grouping, allocation and metadata builders.
+Run in a process of its own, which answers lines of JSON, ``[folder, dtype, arguments]``. What runs
+is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders.
 """
 
 from __future__ import annotations
