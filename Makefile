@@ -59,9 +59,17 @@ test-gpu: ## Run the GPU tests with the current python3; fails without a CUDA de
 bench: $(STAMP) ## Time the codec beside a copy and a matrix product
 	$(BIN)/python scripts/bench_codec.py
 
-build-all: ## Reserved: build the wheels of TurboKV and of the engine forks
-	@echo "build-all: nothing is built here yet; the engine forks are not part of this version" >&2
-	@exit 1
+# One wheel each of TurboKV, FlashInfer and vLLM, from one source (patches/README.md). Kernels are
+# compiled for ARCHS where nvcc is found; all four architectures (ARCHS=release) take an hour of a core.
+FORKS := $(BIN)/python scripts/build_forks.py
+COMMA := ,
+SPACE := $(COMMA:,= )
+FORKS_FLAGS = --archs $(subst $(SPACE),$(COMMA),$(strip $(ARCHS))) $(if $(JOBS),--jobs $(JOBS))
+build-all: $(STAMP) ## Build the wheels of TurboKV and of the engine forks into dist/
+	$(FORKS) all $(FORKS_FLAGS)
+
+build-turbokv build-flashinfer build-vllm: build-%: $(STAMP)
+	$(FORKS) $* $(FORKS_FLAGS)
 
 test-integration: ## Reserved: test the built wheels inside their engines
 	@echo "test-integration: nothing is built here yet, so there is nothing to test" >&2

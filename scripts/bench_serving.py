@@ -23,21 +23,18 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
+
+from _serving_process import in_turn, wait_for_turn
 
 CONFIGS = "bf16,fp8,turboquant_4bit_nc+fa3,int4_per_token_head,tq4,tq_k5v3,tq3,tq2"
 CELLS = "prefill@16K,16x16K,64x4K,1x120K,full@32K"
 _CELL = re.compile(r"(prefill|full|\d+)[x@](\d+)(K?)")
 _PATHS = ("native_tq", "flash_attn", "flashinfer")
-_CAPTURE = [1, 2, 4, 8, *range(16, 129, 8)]
 _MAX_NUM_SEQS = 128
 _PREFILLS = 3
-# What is seen of a child that failed.
-_TAIL = 15
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -76,6 +73,15 @@ def parse_cell(text: str) -> tuple[str, int]:
     return match[1], int(match[2]) * (1024 if match[3] else 1)
 
 
+def capture_sizes(cells: list[str]) -> list[int]:
+    """Return the batches that need a CUDA graph."""
+    kinds = {parse_cell(cell)[0] for cell in cells}
+    sizes = {1, *(int(kind) for kind in kinds if kind.isdigit())}
+    if "full" in kinds:
+        sizes |= set(range(8, 65, 8)) | set(range(80, _MAX_NUM_SEQS + 1, 16))
+    return sorted(sizes)
+
+
 # --- one engine -----------------------------------------------------------------------------------
 
 
@@ -89,6 +95,7 @@ class Bench:
         import torch
         from vllm import LLM
 
+        wait_for_turn()
         self.torch = torch
         self.steps = args.steps
         extra: dict[str, Any] = {}
@@ -97,7 +104,7 @@ class Bench:
                 "compilation_config": {
                     "mode": 0,
                     "cudagraph_mode": "FULL_DECODE_ONLY",
-                    "cudagraph_capture_sizes": _CAPTURE,
+                    "cudagraph_capture_sizes": capture_sizes(args.cells.split(",")),
                 },
                 "max_num_seqs": _MAX_NUM_SEQS,
                 "max_num_batched_tokens": args.max_num_batched_tokens,
@@ -260,44 +267,33 @@ def child(args: argparse.Namespace) -> None:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def run_child(name: str, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """Run one configuration in a process of its own; what went wrong is in the result."""
+def run(configs: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run configurations; what went wrong with one is in its result."""
+    results = []
+    cells = args.cells.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        result = pathlib.Path(folder) / "result.json"
-        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", name]
-        command += ["--result", str(result), "--model", args.model, "--cells", args.cells]
-        command += ["--models", str(args.models), "--steps", str(args.steps)]
-        command += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
-        command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
-        limit = max(1.0, min(args.timeout, deadline - time.monotonic()))
-        try:
-            ran = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=limit, check=False
-            )
-            output, code = ran.stdout + ran.stderr, str(ran.returncode)
-        except subprocess.TimeoutExpired as error:
-            raw = (error.stdout or b"") + (error.stderr or b"")
-            output, code = raw.decode(errors="replace"), f"out of time after {limit:.0f} s"
-        if args.logs is not None:
-            args.logs.mkdir(parents=True, exist_ok=True)
-            safe = re.sub(r"[^A-Za-z0-9_.-]", "-", name)
-            (args.logs / f"{safe}.log").write_text(output)
-        found: dict[str, Any] = {"config": name, "cells": {}}
-        if result.is_file():
-            found = json.loads(result.read_text())
-        if len(found["cells"]) < len(args.cells.split(",")):
-            found["error"] = code
-            print(f"{name}: {code}", *output.splitlines()[-_TAIL:], sep="\n  ", flush=True)
-    return found
+        files = [pathlib.Path(folder) / f"{number}.json" for number in range(len(configs))]
+        commands = []
+        for name, file in zip(configs, files, strict=True):
+            command = [str(pathlib.Path(__file__).resolve()), "--child", name]
+            command += ["--result", str(file), "--model", args.model, "--cells", args.cells]
+            command += ["--models", str(args.models), "--steps", str(args.steps)]
+            command += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
+            command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+            commands.append((name, command))
+        deadline = time.monotonic() + args.limit
+        ended = in_turn(commands, timeout=args.timeout, deadline=deadline, logs=args.logs)
+        for process, file in zip(ended, files, strict=True):
+            found: dict[str, Any] = {"config": process.name, "cells": {}}
+            if file.is_file():
+                found = json.loads(file.read_text())
+            if len(found["cells"]) < len(cells):
+                found["error"] = process.reason
+                process.explain()
+            results.append(found)
+            if args.json is not None:
+                args.json.write_text(json.dumps({"model": args.model, "results": results}))
+    return results
 
 
 def table(results: list[dict[str, Any]], cells: list[str]) -> str:
@@ -367,12 +363,7 @@ def main() -> None:
     from _serving_models import make
 
     make(args.model, args.models)
-    deadline = time.monotonic() + args.limit
-    results = []
-    for name in configs:
-        results.append(run_child(name, args, deadline))
-        if args.json is not None:
-            args.json.write_text(json.dumps({"model": args.model, "results": results}, indent=2))
+    results = run(configs, args)
     print(f"{args.model}: {results[0].get('device', '')}")
     print(table(results, cells))
 

@@ -25,14 +25,12 @@ import argparse
 import json
 import os
 import pathlib
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
 
 import torch
+from _serving_process import in_turn, wait_for_turn
 from bench_serving import options_of
 from torch import Tensor
 
@@ -41,6 +39,7 @@ CONTEXTS = (1024, 2048, 4096, 7936)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PASSAGES, _PREFILL, _DECODE = 4, 512, 256
 _PROMPTS, _PIECE, _ANSWER = 50, 480, 48
+_CACHE_BYTES = 4 << 30
 _NEEDLE = "\n\nThe secret code of the blue warehouse is: {}.\n\n"
 _QUESTION = "\n\nThe secret code of the blue warehouse is:"
 _CODES = ("48213", "90517", "27364", "61985", "35072")
@@ -112,6 +111,7 @@ class Scorer:
         from transformers import AutoTokenizer
         from vllm import LLM
 
+        wait_for_turn()
         options = options_of(name)
         extra: dict[str, Any] = {}
         if "additional_config" in options:
@@ -123,7 +123,9 @@ class Scorer:
             kv_cache_dtype=options["kv_cache_dtype"],
             max_model_len=model.max_model_len,
             max_num_seqs=64,
-            gpu_memory_utilization=0.5,
+            # given, so that an engine beside this one does not confuse vLLM's profiling
+            gpu_memory_utilization=0.3,
+            kv_cache_memory_bytes=_CACHE_BYTES,
             enable_prefix_caching=True,
             compilation_config={
                 "mode": 0,
@@ -258,7 +260,7 @@ def child(args: argparse.Namespace) -> None:
     except ImportError:
         result["window"] = None
     result["seconds"] = time.monotonic() - begin
-    (args.folder / "result.json").write_text(json.dumps(result))
+    (args.folder / f"{args.child}.json").write_text(json.dumps(result))
     os._exit(0)  # vLLM's shutdown takes seconds
 
 
@@ -316,39 +318,27 @@ def with_transformers(names: list[str], device: str) -> dict[str, float]:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def run_child(name: str, args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", name]
-    command += ["--folder", str(folder), "--models", str(args.models)]
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    try:
-        ran = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=args.timeout,
-            check=False,
-        )
-        output = ran.stdout + ran.stderr
-    except subprocess.TimeoutExpired as error:
-        output = ((error.stdout or b"") + (error.stderr or b"")).decode(errors="replace")
-    if args.logs is not None:
-        args.logs.mkdir(parents=True, exist_ok=True)
-        (args.logs / f"eval-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}.log").write_text(output)
-    if result.is_file():
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
-    print(f"{name} failed", *output.splitlines()[-15:], sep="\n  ", flush=True)
-    return {"config": name}
+def run(configs: list[str], args: argparse.Namespace, expected: dict[str, float]) -> list[Any]:
+    """Score configurations, the first of which leaves the reference."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        script = str(pathlib.Path(__file__).resolve())
+        commands = [
+            (name, [script, "--child", name, "--folder", folder, "--models", str(args.models)])
+            for name in configs
+        ]
+        deadline = time.monotonic() + args.limit
+        for process in in_turn(commands, timeout=args.timeout, deadline=deadline, logs=args.logs):
+            file = pathlib.Path(folder) / f"{process.name}.json"
+            found = {"config": process.name}
+            if file.is_file():
+                found = json.loads(file.read_text())
+            else:
+                process.explain()
+            results.append(found)
+            if args.json is not None:
+                args.json.write_text(json.dumps({"expected": expected, "results": results}))
+    return results
 
 
 def table(results: list[dict[str, Any]], expected: dict[str, float]) -> str:
@@ -385,6 +375,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where --transformers runs")
     parser.add_argument("--expected", type=pathlib.Path, help="what --transformers wrote")
     parser.add_argument("--timeout", type=float, default=180, help="seconds a configuration")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds altogether")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
     parser.add_argument("--logs", type=pathlib.Path, help="keep each engine's output here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -402,12 +393,7 @@ def main() -> None:
     from _serving_models import make
 
     make("smollm2", args.models)
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in configs:
-            results.append(run_child(name, args, pathlib.Path(folder)))
-            if args.json is not None:
-                args.json.write_text(json.dumps({"expected": expected, "results": results}))
+    results = run(configs, args, expected)
     print(table(results, expected))
 
 

@@ -54,6 +54,7 @@ def engine(model: str, kv_cache_dtype: str = "auto", **overrides: Any) -> Iterat
     else:
         settings["additional_config"] = {"turbokv": overrides.pop("turbokv", {})}
     settings.update(overrides)
+    _choose_backend(kv_cache_dtype)
     llm = LLM(**settings)
     try:
         yield llm
@@ -63,6 +64,28 @@ def engine(model: str, kv_cache_dtype: str = "auto", **overrides: Any) -> Iterat
         del llm
         gc.collect()
         _take_down()
+
+
+def on_cpu() -> bool:
+    """Whether this vLLM runs on the CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _choose_backend(kv_cache_dtype: str) -> None:
+    """Put our backend in the place of the only one that vLLM's CPU platform knows."""
+    if not on_cpu():
+        return
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    place = AttentionBackendEnum.CPU_ATTN
+    if kv_cache_dtype == "auto":
+        place.clear_override()
+    else:
+        register_backend(place, AttentionBackendEnum.TURBOKV.value)
+    selector._cached_get_attn_backend.cache_clear()
 
 
 def _take_down() -> None:
@@ -90,9 +113,18 @@ def ask(
     llm: Any, requests: Sequence[Sequence[int]], max_tokens: int = 16, **sampling: Any
 ) -> list[Answer]:
     """Answer requests greedily, all submitted at once."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(ids)} for ids in requests],
+        _greedy(max_tokens, **sampling),
+        use_tqdm=False,
+    )
+    return [_answer(output) for output in outputs]
+
+
+def _greedy(max_tokens: int, **sampling: Any) -> Any:
     from vllm import SamplingParams
 
-    params = SamplingParams(
+    return SamplingParams(
         max_tokens=max_tokens,
         temperature=0,
         logprobs=TOP,
@@ -100,16 +132,33 @@ def ask(
         ignore_eos=True,
         **sampling,
     )
-    outputs = llm.generate(
-        [{"prompt_token_ids": list(ids)} for ids in requests], params, use_tqdm=False
+
+
+def _answer(output: Any) -> Answer:
+    found = output.outputs[0]
+    return Answer(
+        tuple(found.token_ids),
+        tuple({t: p.logprob for t, p in step.items()} for step in found.logprobs),
     )
-    return [
-        Answer(
-            tuple(out.outputs[0].token_ids),
-            tuple({t: p.logprob for t, p in step.items()} for step in out.outputs[0].logprobs),
-        )
-        for out in outputs
-    ]
+
+
+def ask_in_turn(
+    llm: Any, requests: Sequence[Sequence[int]], starts: Sequence[int], max_tokens: int = 16
+) -> list[Answer]:
+    """Answer requests greedily, request ``i`` arriving before step ``starts[i]`` of the engine."""
+    params = _greedy(max_tokens)
+    core, step = llm.llm_engine, 0
+    waiting = sorted(range(len(requests)), key=lambda i: starts[i])
+    answers: dict[int, Answer] = {}
+    while waiting or core.has_unfinished_requests():
+        while waiting and starts[waiting[0]] <= step:
+            index = waiting.pop(0)
+            core.add_request(str(index), {"prompt_token_ids": list(requests[index])}, params)
+        for output in core.step():
+            if output.finished:
+                answers[int(output.request_id.split("-")[0])] = _answer(output)
+        step += 1
+    return [answers[i] for i in range(len(requests))]
 
 
 @dataclass(frozen=True)

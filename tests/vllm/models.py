@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 VOCAB = 512
 # Large enough for attention to look at particular tokens, small enough for logits to stay sane.
-SPREAD = 0.08
+SPREAD = 0.04
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 256,

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -59,18 +60,18 @@ def test_mistakes_are_told_before_vllm_starts(
         serve.arguments("model", preset, options, extra)
 
 
-@pytest.mark.parametrize("version", [None, "0.26.0"])
+@pytest.mark.parametrize("installed", [False, True])
 def test_a_vllm_without_the_patch_is_refused(
-    version: str | None, monkeypatch: pytest.MonkeyPatch
+    installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def installed(name: str) -> str:
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(importlib.metadata, "version", installed)
+    spec = ModuleSpec("vllm", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if installed else None)
     with pytest.raises(ValueError, match=r"wanted the patched vLLM .*, got"):
         serve.run(["serve", "model"])
+    (tmp_path / "turbokv_hooks.py").touch()
+    if installed:
+        serve.check_installed()
 
 
 def test_metrics_have_a_folder_while_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:

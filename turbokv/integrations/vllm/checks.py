@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from turbokv.integrations.vllm import identity_kv
+from turbokv.integrations.vllm import flashinfer_prefill, identity_kv
 from turbokv.integrations.vllm.dtypes import MAX_HEAD_DIM, MIN_HEAD_DIM
 from turbokv.integrations.vllm.options import Options
 
@@ -70,6 +70,12 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
     cache, attention = config.cache_config, config.attention_config
     if attention.backend is not None and attention.backend.name != "TURBOKV":
         yield f"attention_backend: wanted TURBOKV or none, got {attention.backend.name}"
+    if options.path == "flashinfer":
+        reason = flashinfer_prefill.why_unavailable()
+        if reason is not None:
+            yield reason
+        if config.model_config.get_head_size() > flashinfer_prefill.MAX_HEAD_DIM:
+            yield f"turbokv.path='flashinfer' takes heads up to {flashinfer_prefill.MAX_HEAD_DIM}"
     if getattr(attention, "use_non_causal", False):
         yield "non-causal attention is not supported"
     skipped = {*options.skip_layers, *map(str, cache.kv_cache_dtype_skip_layers or ())}
@@ -77,6 +83,13 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
         yield (
             "skip_layers is not supported for models that mix attention with linear layers: every"
             " page would be padded to the size of a 16-bit one"
+        )
+    kinds = getattr(config.model_config.hf_text_config, "layer_types", None) or ()
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention" and str(i) in skipped]
+    if full and len(full) < len(kinds) and "sliding_attention" in kinds:
+        yield (
+            "skip_layers: wanted sliding-window layers only, as this model has both and pages would"
+            f" be padded to the size of a full layer's in 16 bits, got layers {full}"
         )
     if config.cache_config.block_size is not None and config.cache_config.block_size % 16:
         yield f"block_size: wanted a multiple of 16, got {config.cache_config.block_size}"

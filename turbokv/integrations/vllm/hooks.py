@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from turbokv.integrations import identity
 from turbokv.integrations.vllm.dtypes import CACHE_DTYPES, slot_bytes
 
 __all__ = [
@@ -18,6 +19,9 @@ __all__ = [
     "layer_spec",
     "token_page_bytes",
 ]
+
+# Pages are written and read by both: a vLLM that was built with another turbokv ends here.
+identity.check("vllm", "vllm")
 
 
 def is_turbokv(kv_cache_dtype: object) -> bool:

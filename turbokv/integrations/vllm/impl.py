@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turbokv.calibration import Calibration
-from turbokv.integrations.vllm import compat, identity_kv, scratch
+from turbokv.integrations.vllm import compat, flashinfer_prefill, identity_kv, scratch
 from turbokv.integrations.vllm.checks import max_decode_queries
 from turbokv.integrations.vllm.layer import (
     CacheLayer,
@@ -168,9 +168,9 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     @property
     def copies(self) -> Tensor | None:
         """16-bit copies of this layer's tiles, or of those it shares."""
-        return self._storage().copies
+        return self.storage().copies
 
-    def _storage(self) -> CacheLayer:
+    def storage(self) -> CacheLayer:
         """Return the formats and copies of the layer that stores what this one reads."""
         target = self.kv_sharing_target_layer_name
         if target is None:
@@ -189,9 +189,26 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         queries = max_decode_queries(self.vllm_config)
         needed = self.kernels.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
         if needed:
-            memory.reserve_decode(needed, device)
+            memory.keep("decode", needed, torch.uint8, device)
         if self.cache.k_offset is not None:
-            memory.positions(max(self.max_num_tokens, rows * queries), device)
+            count = max(self.max_num_tokens, rows * queries)
+            memory.keep("positions", count, torch.int64, device)
+        if self.options.path == "flashinfer" and device.type == "cuda":
+            flashinfer_prefill.reserve(memory, device)
+
+    def flashinfer(
+        self, caches: list[CacheLayer], page_size: int, device: torch.device
+    ) -> flashinfer_prefill.FlashInferPrefill:
+        """Return what plans FlashInfer's prefill for layers of this one's shape."""
+        return flashinfer_prefill.FlashInferPrefill(
+            caches,
+            self.num_heads,
+            page_size,
+            sm_scale=self.scale,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+            float_workspace=flashinfer_prefill.reserve(scratch.current(), device),
+        )
 
     def _workspace(self, memory: scratch.Scratch, tokens: int) -> list[Tensor]:
         """Return room for expanded keys and values, and for one partial output and its sums."""
@@ -217,7 +234,9 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             positions, tile_slots = metadata.positions, metadata.tile_slots
         elif self.cache.k_offset is not None:
             # a warm-up without metadata: slots are all -1, but the graph may be replayed later
-            positions = scratch.current().positions(self.max_num_tokens, self.device)
+            positions = scratch.current().keep(
+                "positions", self.max_num_tokens, torch.int64, self.device
+            )
         count = min(key.shape[0], slot_mapping.shape[0])
         self.kernels.store(
             self.cache,
@@ -262,7 +281,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         tokens, rows = md.num_decode_tokens, md.num_decodes
         is_uniform = tokens == rows * md.max_decode_len
         self.kernels.decode(
-            self._storage(),
+            self.storage(),
             query[:tokens],
             pages,
             page_size,
@@ -301,6 +320,12 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             if plan.is_fresh:
                 self._attend(q, k, v, group.cu_q, group.cu_q, max(plan.q_lens), None, out)
                 return
+        if group.planned is not None:
+            lse = flashinfer_prefill.run(
+                group.planned, self.storage(), q, pages, md.tile_slots, out
+            )
+            self._apply_sinks(out, lse)
+            return
         table = md.block_table[group.rows]
         args = (pages, page_size, table, md.tile_slots)
         if plan.is_chunked:
@@ -325,7 +350,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     ) -> None:
         """Fill the workspace with each row's tokens in order: older ones, then fresh ones."""
         pages, page_size, table, tile_slots = args
-        plan, cache = group.group, self._storage()
+        plan, cache = group.group, self.storage()
         rows = table.shape[0]
         if rows > MAX_SINGLE_EXPANSIONS:
             # one launch for all, fresh tokens included; their 16-bit values go on top
@@ -375,7 +400,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     ) -> None:
         """Attend to fresh tokens, then to the older ones of the one row piece by piece."""
         pages, page_size, table, tile_slots = args
-        q_len, cache = group.group.q_lens[0], self._storage()
+        q_len, cache = group.group.q_lens[0], self.storage()
         context = group.group.context_lens[0]
         room_k, room_v, partial, sums = self._workspace(scratch.current(), self.capacity)
         if k is None or v is None:
@@ -406,8 +431,11 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             merged = sums[turn % 2].view(-1)[: self.num_heads * q_len].view(self.num_heads, q_len)
             self.kernels.merge(out, merged, piece, piece_lse, out, lse)
             lse = merged
+        self._apply_sinks(out, lse)
+
+    def _apply_sinks(self, out: Tensor, lse: Tensor) -> None:
+        """Let sinks take their share of probabilities that were computed without them."""
         if self._sinks_float is not None:
-            # a token without value: it only takes its share of the probabilities
             share = torch.sigmoid(lse - self._sinks_float[:, None]).t()[..., None]
             out.mul_(share.to(out.dtype))
 

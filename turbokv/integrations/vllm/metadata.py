@@ -46,6 +46,8 @@ class PrefillGroup:
         int64: where each fresh token belongs in the workspace; None where rows are few.
     pieces
         Of a chunked row: first token, count, and the int32 table ``[0, count]``.
+    planned
+        FlashInfer's wrapper, where that path is taken.
     """
 
     group: Group
@@ -56,6 +58,7 @@ class PrefillGroup:
     begins: Tensor
     fresh: Tensor | None = None
     pieces: tuple[tuple[int, int, Tensor], ...] = ()
+    planned: Any = None
 
 
 @dataclass(eq=False)
@@ -115,6 +118,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             workspace_floor(self.max_num_tokens, self.sliding_window),
         )
         self._window: RecentWindow | None = None
+        self._flashinfer: Any = None
         layers = self._layers()
         self.is_centred = any(layer.impl.cache.k_offset is not None for layer in layers)
         for layer in layers:
@@ -139,7 +143,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         """Build for a capture: as a step, but the window's map stays as it is."""
         metadata = self._build(common_attn_metadata, refresh=False)
         # short rows make the capture's warm-up fast; replays read the real lengths
-        metadata.seq_lens.fill_(min(metadata.max_decode_len, 1))
+        metadata.seq_lens.fill_(max(metadata.max_decode_len, 1))
         return metadata
 
     def build(
@@ -188,8 +192,24 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         if lens is None:
             lens = cam.seq_lens.cpu()
         seq_lens = lens[num_decodes : cam.num_reqs].tolist()
-        groups = plan(q_lens, seq_lens, self.capacity, self.sliding_window)
-        return tuple(self._on_device(group, starts, num_decodes) for group in groups)
+        if self.options.path != "flashinfer":
+            groups = plan(q_lens, seq_lens, self.capacity, self.sliding_window)
+            return tuple(self._on_device(group, starts, num_decodes) for group in groups)
+        # nothing is expanded, so nothing has to be cut
+        found = tuple(
+            self._on_device(group, starts, num_decodes)
+            for group in plan(q_lens, seq_lens, max(self.capacity, sum(seq_lens)))
+        )
+        if self._flashinfer is None:
+            self._flashinfer = self._layers()[0].impl.flashinfer(
+                [layer.impl.storage() for layer in self._layers()], self.page_size, self.device
+            )
+        self._flashinfer.start_step()
+        for group in found:
+            if not group.group.is_fresh:
+                table = cam.block_table_tensor[group.rows]
+                group.planned = self._flashinfer.plan(group.group, table)
+        return found
 
     def _on_device(self, group: Group, starts: list[int], num_decodes: int) -> PrefillGroup:
         cu_q, cu_k = _cumulative(group.q_lens), _cumulative(group.kv_lens)
@@ -231,7 +251,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
     def _positions(self, cam: CommonAttentionMetadata) -> Tensor:
         """Write the logical position of each query to the buffer that graphs read."""
         count = cam.num_actual_tokens
-        buffer = scratch.current().positions(self.max_num_tokens, self.device)
+        buffer = scratch.current().keep("positions", self.max_num_tokens, torch.int64, self.device)
         token = torch.arange(count, device=self.device)
         starts = cam.query_start_loc[: cam.num_reqs + 1]
         row = torch.searchsorted(starts[1:], token, right=True, out_int32=True)

@@ -27,8 +27,7 @@ class Scratch:
     def __init__(self, manager: Any | None) -> None:
         # weak, since the manager is the key that this object hangs from
         self._manager = None if manager is None else weakref.ref(manager)
-        self._decode: Tensor | None = None
-        self._positions: Tensor | None = None
+        self._kept: dict[str, Tensor] = {}
         self._own: Tensor | None = None
 
     def views(
@@ -50,21 +49,20 @@ class Scratch:
             for start, size, (shape, dtype) in zip(starts, sizes, shapes, strict=False)
         ]
 
-    def reserve_decode(self, num_bytes: int, device: torch.device) -> None:
-        """Make the decode kernel's workspace at least this large; before graphs are captured."""
-        if self._decode is None or self._decode.numel() < num_bytes:
-            self._decode = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    def keep(self, name: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a buffer of at least ``count`` elements that outlives calls, at a fixed address.
+
+        Zeros at first. It moves only if it has to grow, which must be before graphs are captured.
+        """
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < count:
+            kept = self._kept[name] = torch.zeros(count, dtype=dtype, device=device)
+        return kept
 
     @property
     def decode(self) -> Tensor | None:
-        """The decode kernel's workspace, which it leaves zeroed; None before it is reserved."""
-        return self._decode
-
-    def positions(self, count: int, device: torch.device) -> Tensor:
-        """Return the buffer of logical positions, int64, at least ``count``, at a fixed address."""
-        if self._positions is None or self._positions.numel() < count:
-            self._positions = torch.zeros(count, dtype=torch.int64, device=device)
-        return self._positions
+        """The decode kernel's workspace, which it leaves zeroed; None where it needs none."""
+        return self._kept.get("decode")
 
 
 def current() -> Scratch:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import json
 import os
+import pathlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from turbokv.integrations.vllm.dtypes import CACHE_DTYPES
 from turbokv.integrations.vllm.options import KEY, Options
 
+_HOOKS = "turbokv_hooks.py"
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 # vLLM's flags that ours set
 _TAKEN = ("--kv-cache-dtype", "--additional-config")
@@ -60,12 +62,13 @@ def arguments(
 def check_installed() -> None:
     """Raise ValueError unless the vLLM that is installed is the patched one."""
     wanted = "the patched vLLM (make build-all && pip install dist/*.whl)"
-    try:
-        version = importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"serve: wanted {wanted}, got none") from None
-    if "+turbokv" not in version:
-        raise ValueError(f"serve: wanted {wanted}, got vLLM {version}")
+    # found, not imported: its import may bring Prometheus' client, which must come later
+    spec = importlib.util.find_spec("vllm")
+    if spec is None:
+        raise ValueError(f"serve: wanted {wanted}, got none")
+    folders = spec.submodule_search_locations or []
+    if not any((pathlib.Path(folder) / _HOOKS).is_file() for folder in folders):
+        raise ValueError(f"serve: wanted {wanted}, got one without the patch in {list(folders)}")
 
 
 def run(argv: list[str]) -> None:

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tile loader run by g++, a thread of the host for a thread of the block: the calls that the
+// patched prefill kernel makes for one chunk of KV, and its barriers. Copies that are asynchronous
+// on a GPU arrive at once here. For tests/integration/flashinfer.
+#include <cuda_fp16.h>
+#include <pthread.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "turbokv/flashinfer/kv_tile_loader.cuh"
+
+static pthread_barrier_t barrier;
+void __syncthreads() { pthread_barrier_wait(&barrier); }
+
+namespace {
+
+using namespace turbokv;  // NOLINT: a test
+
+struct page_size_t {
+  uint32_t size;
+  operator uint32_t() const { return size; }
+  void divmod(uint32_t n, uint32_t& q, uint32_t& r) const { q = n / size, r = n % size; }
+};
+struct params_t {
+  struct {
+    page_size_t page_size;
+    uint32_t num_heads;
+    const int32_t* indices;
+    const int32_t* indptr;
+  } paged_kv;
+  kv_tiles_params_t tiles;
+};
+
+template <int TILE_KV>
+struct traits_t {
+  static constexpr uint32_t CTA_TILE_KV = TILE_KV, NUM_THREADS = 128;
+  static constexpr auto SWIZZLE_MODE_KV = flashinfer::SwizzleMode::k128B;
+};
+
+template <int HEAD_DIM, int TILE_KV>
+struct alignas(16) storage_t {
+  uint16_t k_smem[TILE_KV * HEAD_DIM];
+  uint16_t v_smem[TILE_KV * HEAD_DIM];
+};
+
+template <int HEAD_DIM>
+void Dump(const uint16_t* smem, int rows, uint16_t* out) {
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < HEAD_DIM / 8; ++column) {
+      const uint32_t at =
+          flashinfer::get_permuted_offset<flashinfer::SwizzleMode::k128B, HEAD_DIM / 8>(row,
+                                                                                        column);
+      std::memcpy(out + row * HEAD_DIM + column * 8, smem + at * 8, 16);
+    }
+  }
+}
+
+template <int HEAD_DIM, int K_BITS, int V_BITS, int TILE_KV>
+void Run(const params_t& params, int head, int start, int end, uint16_t* k, uint16_t* v) {
+  using Loader = KVTileLoader<HEAD_DIM, K_BITS, V_BITS, params_t>;
+  using Traits = traits_t<TILE_KV>;
+  using Storage = storage_t<HEAD_DIM, TILE_KV>;
+  constexpr size_t kBytes = sizeof(Storage) + TILE_KV * Loader::kSmemBytesPerRow;
+  std::vector<uint4> memory(kBytes / 16 + 1);
+  std::memset(memory.data(), 0xff, memory.size() * 16);  // NaN, wherever nothing is written
+  Storage& storage = *reinterpret_cast<Storage*>(memory.data());
+  auto thread = [&](uint32_t tid) {
+    Loader loader(params, storage, 0, head, start, end, tid);
+    loader.template load<Traits, false>(0);
+    loader.template load<Traits, true>(0);
+    for (int iter = 0; start + iter * TILE_KV < end; ++iter) {
+      __syncthreads();
+      loader.template finish<Traits, false>(iter);
+      if (tid == 0) Dump<HEAD_DIM>(storage.k_smem, TILE_KV, k + iter * TILE_KV * HEAD_DIM);
+      __syncthreads();
+      loader.template load<Traits, false>(iter + 1);
+      __syncthreads();
+      loader.template finish<Traits, true>(iter);
+      if (tid == 0) Dump<HEAD_DIM>(storage.v_smem, TILE_KV, v + iter * TILE_KV * HEAD_DIM);
+      __syncthreads();
+      loader.template load<Traits, true>(iter + 1);
+    }
+  };
+  pthread_barrier_init(&barrier, nullptr, Traits::NUM_THREADS);
+  std::vector<std::thread> block;
+  for (uint32_t tid = 0; tid < Traits::NUM_THREADS; ++tid) block.emplace_back(thread, tid);
+  for (std::thread& member : block) member.join();
+  pthread_barrier_destroy(&barrier);
+  // nothing may have been written past the memory that was asked for
+  for (size_t i = kBytes; i < memory.size() * 16; ++i) {
+    if (reinterpret_cast<const uint8_t*>(memory.data())[i] != 0xff) std::abort();
+  }
+}
+
+codebook_t Codebook(int bits, int frac_bits, const int8_t* magnitudes) {
+  codebook_t book = {bits, frac_bits, 1.0, {}};
+  std::memcpy(book.magnitudes, magnitudes, 1 << (bits - 1));
+  return book;
+}
+
+}  // namespace
+
+extern "C" int Emulate(int head_dim, int k_bits, int v_bits, int tile_kv, const uint8_t* pages,
+                       int64_t page_stride, int64_t head_stride, int page_size, int num_heads,
+                       int head, const int32_t* indices, int start, int end,
+                       const int32_t* tile_slots, const uint16_t* window, const float* k_offset,
+                       int k_frac_bits, const int8_t* k_magnitudes, int v_frac_bits,
+                       const int8_t* v_magnitudes, uint16_t* k, uint16_t* v) {
+  static const int32_t kNoOffset = 0;
+  params_t params = {
+      {{static_cast<uint32_t>(page_size)}, static_cast<uint32_t>(num_heads), indices, &kNoOffset},
+      {pages, page_stride, head_stride, tile_slots, reinterpret_cast<const __half*>(window),
+       k_offset, Codebook(k_bits, k_frac_bits, k_magnitudes),
+       Codebook(v_bits, v_frac_bits, v_magnitudes)}};
+#define TURBOKV_CASE(DIM, K, V)                                                        \
+  if (head_dim == DIM && k_bits == K && v_bits == V) {                                 \
+    if (tile_kv == 32) return Run<DIM, K, V, 32>(params, head, start, end, k, v), 0;   \
+    if (tile_kv == 128) return Run<DIM, K, V, 128>(params, head, start, end, k, v), 0; \
+  }
+#define TURBOKV_CASES(DIM) \
+  TURBOKV_CASE(DIM, 2, 2)  \
+  TURBOKV_CASE(DIM, 3, 3)  \
+  TURBOKV_CASE(DIM, 4, 4)  \
+  TURBOKV_CASE(DIM, 5, 5)  \
+  TURBOKV_CASE(DIM, 8, 8)  \
+  TURBOKV_CASE(DIM, 5, 3)  \
+  TURBOKV_CASE(DIM, 3, 4)
+  TURBOKV_CASES(64)
+  TURBOKV_CASES(128)
+  TURBOKV_CASES(256)
+  return 1;
+}

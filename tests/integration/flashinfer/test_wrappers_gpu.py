@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FlashInfer wrappers on the GPU, against float64 attention over the same pages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="wanted a CUDA device (pytest -m gpu)"
+    ),
+]
+flashinfer = pytest.importorskip("flashinfer", reason="wanted the patched FlashInfer")
+
+if torch.cuda.is_available():
+    from tests.gpu.decode_cases import DEVICE, Case, Problem
+    from turbokv.codec import TurboKVCodec
+    from turbokv.integrations.flashinfer import (
+        BatchDecodeWithPagedTurboKVCacheWrapper,
+        BatchPrefillWithPagedTurboKVCacheWrapper,
+        append_paged_turbokv_cache,
+    )
+    from turbokv.paged import PagedKVCache
+
+# Every width of K and of V, and every head size.
+MODULES = ((128, 4, 4), (128, 5, 3), (64, 2, 2), (256, 3, 5), (64, 8, 8))
+# Queries, K, V, probabilities and outputs round to fp16 (2^-11); FlashAttention-3 in bf16 is at
+# 2e-3 on such data.
+TOLERANCE, LSE_TOLERANCE = 1.2e-3, 4e-3
+# FlashInfer's soft cap goes through tanh.approx, off by 2^-11 of a cap of 30.
+CAP_TOLERANCE, CAP_LSE_TOLERANCE = 8e-3, 4e-2
+
+RAGGED = ((700, 33, 1, 0, 128, 1029), (300, 33, 1, 1, 64, 1))  # lengths, and queries of each
+SHORT = ((17, 1, 0, 16, 250, 1000), (1, 1, 1, 1, 1, 1))
+SPLIT = ((6000,), (16,))
+
+
+@pytest.fixture(scope="module")
+def workspace() -> Any:
+    """One for all wrappers of a process, as engines have it, and full of garbage."""
+    return torch.full((128 << 20,), 0xFF, dtype=torch.uint8, device=DEVICE)
+
+
+def plan(wrapper: Any, problem: Any, **options: Any) -> None:
+    case = problem.case
+    wrapper.plan(
+        problem.qo_indptr,
+        problem.kv_indptr,
+        problem.kv_indices,
+        problem.last,
+        case.num_kv_heads * case.group_size,
+        case.num_kv_heads,
+        case.head_dim,
+        case.page_size,
+        problem.codec.vector_format("k"),
+        problem.codec.vector_format("v"),
+        causal=case.causal,
+        window_left=case.window_left,
+        logits_soft_cap=case.logits_soft_cap,
+        **options,
+    )
+
+
+def options(problem: Any) -> dict[str, Any]:
+    arguments = problem.arguments()
+    return {
+        name: arguments[name]
+        for name in ("out", "lse", "k_offset", "tile_slots", "window")
+        if arguments[name] is not None
+    }
+
+
+def compare(problem: Any, out: Any, lse: Any) -> None:
+    case = problem.case
+    tolerance = CAP_TOLERANCE if case.logits_soft_cap else TOLERANCE
+    lse_tolerance = CAP_LSE_TOLERANCE if case.logits_soft_cap else LSE_TOLERANCE
+    assert not out.isnan().any(), f"not written, or NaN: {case}"
+    error = (out - problem.expected).norm() / problem.expected.norm().clamp(min=1e-6)
+    assert error < tolerance, f"error {error:.2e}: {case}"
+    finite = problem.expected_lse.isfinite()
+    assert torch.equal(finite, lse.isfinite()), f"lse: {case}"
+    if finite.any():
+        worst = (lse - problem.expected_lse)[finite].abs().max()
+        assert worst < lse_tolerance, f"lse error {worst:.2e}: {case}"
+
+
+def check_prefill(workspace: Any, case: Any, **plan_options: Any) -> None:
+    problem = Problem(case)
+    wrapper = BatchPrefillWithPagedTurboKVCacheWrapper(workspace)
+    plan(wrapper, problem, **plan_options)
+    arguments = options(problem)
+    wrapper.run(problem.q, problem.cache.pages, **arguments)
+    torch.cuda.synchronize()
+    compare(problem, arguments["out"], arguments["lse"])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+@pytest.mark.parametrize(("head_dim", "k_bits", "v_bits"), MODULES)
+def test_prefill_agrees_with_float64(
+    workspace: Any, head_dim: int, k_bits: int, v_bits: int, page_size: int, causal: bool
+) -> None:
+    case = Case(head_dim, k_bits, v_bits, page_size=page_size, causal=causal)
+    for group_size in (1, 4, 8):
+        for lens, q_lens in (RAGGED, SHORT, SPLIT):
+            check_prefill(
+                workspace,
+                dataclasses.replace(case, lens=lens, q_lens=q_lens, group_size=group_size),
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("centred", [False, True])
+def test_prefill_reads_copies_and_centred_keys(
+    workspace: Any, dtype: Any, kept: float, centred: bool
+) -> None:
+    for head_dim, k_bits, v_bits in MODULES:
+        case = Case(head_dim, k_bits, v_bits, *RAGGED, kept=kept, centred=centred, dtype=dtype)
+        check_prefill(workspace, dataclasses.replace(case, strided=True))
+        check_prefill(workspace, dataclasses.replace(case, lens=SPLIT[0], q_lens=SPLIT[1]))
+
+
+@pytest.mark.parametrize("window_left", [0, 40, 500])
+@pytest.mark.parametrize("group_size", [1, 5])
+def test_prefill_sees_no_further_than_its_window(
+    workspace: Any, window_left: int, group_size: int
+) -> None:
+    for lens, q_lens in (RAGGED, SHORT, SPLIT, ((3001,), (900,))):
+        for causal in (True, False):
+            check_prefill(
+                workspace,
+                Case(
+                    lens=lens,
+                    q_lens=q_lens,
+                    window_left=window_left,
+                    group_size=group_size,
+                    page_size=48,
+                    causal=causal,
+                    kept=0.2,
+                    centred=True,
+                ),
+            )
+
+
+def test_prefill_caps_logits(workspace: Any) -> None:
+    for lens, q_lens in (RAGGED, SHORT, SPLIT):
+        check_prefill(workspace, Case(lens=lens, q_lens=q_lens, logits_soft_cap=30.0))
+
+
+def test_prefill_pads_head_sizes(workspace: Any) -> None:
+    check_prefill(workspace, Case(80, lens=RAGGED[0], q_lens=RAGGED[1], centred=True, strided=True))
+
+
+def test_splits_of_a_fixed_size_do_not_depend_on_the_batch(workspace: Any) -> None:
+    case = Case(lens=(5000, 300), q_lens=(7, 9))
+    check_prefill(workspace, case, fixed_split_size=16)
+    check_prefill(workspace, case, disable_split_kv=True)
+
+
+def test_states_of_prefix_and_rest_merge(workspace: Any) -> None:
+    """LSE is FlashInfer's, so that its merge of a shared prefix works."""
+    problem = Problem(Case(lens=(1024,), q_lens=(50,), causal=False, page_size=64))
+    wrapper = BatchPrefillWithPagedTurboKVCacheWrapper(workspace)
+    states = []
+    for first, last in ((0, 10), (10, 16)):
+        part = Problem(problem.case)
+        part.kv_indices = problem.kv_indices[first:last].contiguous()
+        part.kv_indptr = torch.tensor([0, last - first], dtype=torch.int32, device=DEVICE)
+        plan(wrapper, part)
+        states += wrapper.run(problem.q, problem.cache.pages, return_lse=True)
+    out, lse = flashinfer.merge_state(*states)
+    compare(problem, out.float(), lse)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_captured_prefill_replays_with_other_lengths(workspace: Any, wide: bool) -> None:
+    queries = (200, 100, 84) if wide else (2, 1, 3)
+    most = Problem(Case(lens=(4000, 3000, 2000), q_lens=queries))
+    buffers = (
+        torch.empty_like(most.qo_indptr),
+        torch.empty_like(most.kv_indptr),
+        torch.empty(most.kv_indices.shape[0] + 50, dtype=torch.int32, device=DEVICE),
+        torch.empty_like(most.last),
+    )
+    wrapper = BatchPrefillWithPagedTurboKVCacheWrapper(workspace, True, *buffers)
+    plan(wrapper, most)
+    q, pages = torch.zeros_like(most.q), torch.zeros_like(most.cache.pages)
+    out = torch.empty(q.shape, device=DEVICE)
+    lse = torch.empty(q.shape[:2], device=DEVICE)
+    wrapper.run(q, pages, out=out, lse=lse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrapper.run(q, pages, out=out, lse=lse)
+    fewer = (queries[0] - 1, 1, 0)
+    for problem in (
+        most,
+        Problem(Case(lens=(17, 2500, 0), q_lens=(1, *queries[1:]))),
+        Problem(Case(lens=(3999, 1, 900), q_lens=fewer, seed=5)),
+    ):
+        plan(wrapper, problem)
+        rows = problem.q.shape[0]
+        q[:rows] = problem.q
+        pages[: problem.cache.pages.shape[0]] = problem.cache.pages
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        compare(problem, out[:rows], lse[:rows])
+        assert out[rows:].isnan().all(), "rows that no request has were written"
+
+
+# --- decode ---------------------------------------------------------------------------------------
+
+DECODE = (
+    ((1000, 5, 777, 0, 1, 4096), 16),
+    ((16,) * 3, 16),
+    ((5000,), 64),
+)
+
+
+def plan_decode(wrapper: Any, problem: Any) -> None:
+    case = problem.case
+    wrapper.plan(
+        problem.kv_indptr,
+        problem.kv_indices,
+        problem.last,
+        case.num_kv_heads * case.group_size,
+        case.num_kv_heads,
+        case.head_dim,
+        case.page_size,
+        problem.codec.vector_format("k"),
+        problem.codec.vector_format("v"),
+        window_left=case.window_left,
+        logits_soft_cap=case.logits_soft_cap,
+    )
+
+
+@pytest.mark.parametrize(("head_dim", "k_bits", "v_bits"), [(128, 4, 4), (128, 5, 3), (64, 2, 2)])
+@pytest.mark.parametrize("group_size", [1, 4, 8])
+def test_decode_agrees_with_float64(
+    workspace: Any, head_dim: int, k_bits: int, v_bits: int, group_size: int
+) -> None:
+    for lens, page_size in DECODE:
+        for extra in (
+            {},
+            {"kept": 0.3, "centred": True, "sinks": True, "strided": True},
+            {"window_left": 100, "dtype": torch.bfloat16},
+            {"logits_soft_cap": 30.0},
+        ):
+            problem = Problem(
+                Case(
+                    head_dim,
+                    k_bits,
+                    v_bits,
+                    lens,
+                    page_size=page_size,
+                    group_size=group_size,
+                    **extra,
+                )
+            )
+            wrapper = BatchDecodeWithPagedTurboKVCacheWrapper(workspace)
+            plan_decode(wrapper, problem)
+            arguments = options(problem)
+            wrapper.run(problem.q, problem.cache.pages, sinks=problem.sinks, **arguments)
+            torch.cuda.synchronize()
+            compare(problem, arguments["out"], arguments["lse"])
+
+
+def test_a_captured_decode_replays_with_other_lengths(workspace: Any) -> None:
+    most = Problem(Case(lens=(4000, 3000, 2000)))
+    buffers = (
+        torch.empty_like(most.kv_indptr),
+        torch.empty(most.kv_indices.shape[0] + 50, dtype=torch.int32, device=DEVICE),
+        torch.empty_like(most.last),
+    )
+    wrapper = BatchDecodeWithPagedTurboKVCacheWrapper(workspace, True, *buffers)
+    plan_decode(wrapper, most)
+    q, pages = torch.zeros_like(most.q), torch.zeros_like(most.cache.pages)
+    out = torch.empty(q.shape, device=DEVICE)
+    lse = torch.empty(q.shape[:2], device=DEVICE)
+    wrapper.run(q, pages, out=out, lse=lse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrapper.run(q, pages, out=out, lse=lse)
+    for problem in (most, Problem(Case(lens=(17, 2500, 0))), Problem(Case(lens=(1, 1, 3000)))):
+        plan_decode(wrapper, problem)
+        q.copy_(problem.q)
+        pages[: problem.cache.pages.shape[0]] = problem.cache.pages
+        out.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        compare(problem, out, lse)
+
+
+# --- append ---------------------------------------------------------------------------------------
+
+
+def test_appended_tokens_have_the_bytes_of_the_reference(workspace: Any) -> None:
+    torch.manual_seed(0)
+    codec = TurboKVCodec(128, k_bits=5, v_bits=3, device=DEVICE)
+    heads, page_size, lens, new = 2, 32, (70, 5, 33), (7, 5, 0)
+    counts = [-(-n // page_size) for n in lens]
+    indptr = torch.tensor([0, *counts]).cumsum(0).int().to(DEVICE)
+    indices = torch.randperm(8, device=DEVICE)[: sum(counts)].int()
+    cache = PagedKVCache(codec, 8, heads, page_size)
+    cache.pages.random_(0, 256)
+    pages = cache.pages.clone()
+    k, v = (torch.randn(sum(new), heads, 128, device=DEVICE).bfloat16() for _ in range(2))
+    qo_indptr = torch.tensor([0, *new]).cumsum(0).int().to(DEVICE)
+    kv_lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
+    batch, positions = flashinfer.get_batch_indices_positions(qo_indptr, kv_lens, sum(new))
+    slots = torch.cat(
+        [
+            cache.slots(indices[int(indptr[i]) : int(indptr[i + 1])], n)[n - new[i] :]
+            for i, n in enumerate(lens)
+        ]
+    )
+    batch[3], slots[3] = -1, -1  # skipped
+    cache.append(k, v, slots)
+    formats = (codec.vector_format("k"), codec.vector_format("v"))
+    append_paged_turbokv_cache(k, v, batch, positions, pages, indices, indptr, page_size, *formats)
+    torch.cuda.synchronize()
+    assert torch.equal(pages, cache.pages)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretend to be an H100, make a model's attention layers, and print what vLLM makes of their cache.
+
+Run in a process of its own, which answers lines of JSON, ``[folder, dtype, arguments]``. What runs
+is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from typing import Any
+
+MODULES = (
+    "vllm._C_stable_libtorch",
+    "vllm._moe_C_stable_libtorch",
+    "vllm._qutlass_C",
+    "vllm.vllm_flash_attn._vllm_fa2_C",
+    "vllm.vllm_flash_attn._vllm_fa3_C",
+)
+CHECKS = (
+    "cutlass_scaled_mm_supports_fp8",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_group_gemm_supported",
+    "cutlass_scaled_mm_supports_fp4",
+)
+
+
+def pretend() -> None:
+    """Put a CUDA platform of compute capability 9.0 in the place of the one that was found."""
+    import torch
+
+    for name in MODULES:
+        sys.modules[name] = types.ModuleType(name)
+    import vllm.platforms as platforms
+    from vllm.platforms import cuda
+    from vllm.platforms.interface import DeviceCapability
+
+    class FakeCuda(cuda.CudaPlatformBase):  # type: ignore[misc]
+        device_name = "FakeH100"
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            return DeviceCapability(9, 0)
+
+        @classmethod
+        def has_device_capability(cls, capability: Any, device_id: int = 0) -> bool:
+            wanted = capability if isinstance(capability, int) else 10 * capability[0]
+            return wanted <= 90
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "NVIDIA H100 80GB HBM3"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 80 << 30
+
+        @classmethod
+        def is_fully_connected(cls, physical_device_ids: list[int]) -> bool:
+            return True
+
+        @classmethod
+        def is_pin_memory_available(cls) -> bool:
+            return False
+
+        @classmethod
+        def num_compute_units(cls, device_id: int = 0) -> int:
+            return 132
+
+    platforms.current_platform = FakeCuda()
+    library = torch.library.Library("_C", "FRAGMENT")
+    for name in CHECKS:
+        library.define(f"{name}(int capability) -> bool")
+        library.impl(name, lambda capability: True, "CompositeExplicitAutograd")
+    pretend.library = library  # type: ignore[attr-defined]  # operators live as long as it does
+
+
+def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return backends, page sizes, groups, shapes and a step's metadata, as JSON types."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import MambaSpec
+    from vllm.v1.worker.gpu import attn_utils
+
+    settings = {"max_model_len": 2048, "load_format": "dummy", **arguments}
+    config = EngineArgs(
+        model=model, skip_tokenizer_init=True, kv_cache_dtype=dtype, **settings
+    ).create_engine_config()
+    hf = config.model_config.hf_text_config
+    kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
+    torch.set_default_dtype(torch.bfloat16)
+    found: dict[str, Any] = {"v2": config.use_v2_model_runner}
+    with set_current_vllm_config(config):
+        for i, kind in enumerate(kinds):
+            if kind == "linear_attention":
+                continue
+            Attention(
+                hf.num_attention_heads,
+                hf.head_dim,
+                hf.head_dim**-0.5,
+                num_kv_heads=hf.num_key_value_heads,
+                cache_config=config.cache_config,
+                per_layer_sliding_window=(
+                    hf.sliding_window if kind == "sliding_attention" else None
+                ),
+                prefix=f"model.layers.{i}.self_attn.attn",
+            )
+        layers = config.compilation_config.static_forward_context
+        found["backends"] = [layer.attn_backend.get_name() for layer in layers.values()]
+        current_platform.update_block_size_for_backend(config)
+        specs = attn_utils.get_kv_cache_spec(config)
+        if "linear_attention" in kinds:
+            specs |= _linear_specs(config, kinds, MambaSpec)
+        found["block_size"] = config.cache_config.block_size
+        found["pages"] = sorted({spec.page_size_bytes for spec in specs.values()})
+        cache = kv_cache_utils.get_kv_cache_configs(config, [specs], [256 << 20])[0]
+        found["groups"] = [
+            [type(g.kv_cache_spec).__name__, len(g.layer_names)] for g in cache.kv_cache_groups
+        ]
+        if "linear_attention" in kinds:
+            return found
+        groups, graphs, sizes = attn_utils.init_attn_backend(cache, config, torch.device("cpu"))
+        raw = attn_utils._allocate_kv_cache(cache, {}, torch.device("cpu"))
+        flat = [group for several in groups for group in several]
+        tensors = attn_utils._reshape_kv_cache(
+            flat, raw, config.cache_config.cache_dtype, sizes, {}, cache
+        )
+        found["shapes"] = sorted({(tuple(t.shape[1:]), str(t.dtype)) for t in tensors.values()})
+        found["graphs"] = graphs.min_cg_support.name
+        for name, tensor in tensors.items():
+            layers[name].kv_cache = tensor
+        starts = torch.tensor([0, 1, 2, 34], dtype=torch.int32)
+        lens = torch.tensor([40, 17, 64], dtype=torch.int32)
+        step = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lens,
+            num_reqs=3,
+            num_actual_tokens=34,
+            max_query_len=32,
+            max_seq_len=64,
+            block_table_tensor=torch.zeros(3, 8, dtype=torch.int32),
+            slot_mapping=torch.arange(34),
+            seq_lens_cpu_upper_bound=lens,
+        )
+        found["steps"] = []
+        for group in flat:
+            if group.backend.get_name() == "TURBOKV":
+                # by keyword, as vLLM does
+                md = group.get_metadata_builder(0).build(
+                    common_prefix_len=0, common_attn_metadata=step
+                )
+                found["steps"].append(
+                    [
+                        md.num_decodes,
+                        md.num_decode_tokens,
+                        md.max_decode_len,
+                        [list(part.group.context_lens) for part in md.prefill],
+                    ]
+                )
+    return found
+
+
+def _linear_specs(config: Any, kinds: list[str], spec: Any) -> dict[str, Any]:
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+    model_config, cache = config.model_config, config.cache_config
+    cls, _ = ModelRegistry.resolve_model_cls(model_config.architecture, model_config=model_config)
+    one = spec(
+        shapes=cls.get_mamba_state_shape_from_config(config),
+        dtypes=cls.get_mamba_state_dtype_from_config(config),
+        block_size=cache.mamba_block_size or model_config.max_model_len,
+        page_size_padded=cache.mamba_page_size_padded,
+        mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+    )
+    return {f"model.layers.{i}.linear": one for i, k in enumerate(kinds) if k.startswith("linear")}
+
+
+if __name__ == "__main__":
+    pretend()
+    for line in sys.stdin:
+        try:
+            answer = {"found": describe(*json.loads(line))}
+        except Exception as error:  # whatever vLLM raises is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is refused at start-up, and what options change; on stand-ins for vLLM's configuration."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from turbokv.integrations.vllm import checks, hooks
+
+
+class Model(SimpleNamespace):
+    def get_head_size(self) -> int:
+        return int(self.head_dim)
+
+    def get_num_kv_heads(self, parallel: Any) -> int:
+        return 8 // int(parallel.tensor_parallel_size)
+
+
+def config(**changes: Any) -> Any:
+    """Return a configuration that is fine, with ``part__field`` set otherwise."""
+    found = SimpleNamespace(
+        additional_config={},
+        cache_config=SimpleNamespace(
+            cache_dtype="tq4", kv_cache_dtype_skip_layers=[], block_size=16
+        ),
+        model_config=Model(
+            use_mla=False,
+            is_encoder_decoder=False,
+            is_mm_prefix_lm=False,
+            is_hybrid=False,
+            dtype=torch.bfloat16,
+            head_dim=128,
+            hf_text_config=SimpleNamespace(layer_types=None),
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=2,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            enable_dbo=False,
+        ),
+        attention_config=SimpleNamespace(backend=None, use_non_causal=False),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+    for name, value in changes.items():
+        *parts, field = name.split("__")
+        target = found
+        for part in parts:
+            target = getattr(target, part)
+        setattr(target, field, value)
+    return found
+
+
+def drafting(count: int, parallel: bool = False) -> Any:
+    return SimpleNamespace(num_speculative_tokens=count, parallel_drafting=parallel)
+
+
+def test_a_plain_configuration_passes() -> None:
+    hooks.check_and_update_config(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config__use_mla": True}, "multi-head latent attention is not supported"),
+        ({"model_config__is_encoder_decoder": True}, "encoder-decoder models are not supported"),
+        ({"model_config__is_mm_prefix_lm": True}, "bidirectional attention over image tokens"),
+        ({"model_config__dtype": torch.float32}, "activations of torch.float32 are not supported"),
+        ({"model_config__head_dim": 32}, "head_dim: wanted 33 to 512, got 32"),
+        ({"model_config__head_dim": 576}, "head_dim: wanted 33 to 512, got 576"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"parallel_config__enable_dbo": True}, "dual-batch overlap is not supported"),
+        ({"attention_config__use_non_causal": True}, "non-causal attention is not supported"),
+        (
+            {"attention_config__backend": SimpleNamespace(name="FLASH_ATTN")},
+            "attention_backend: wanted TURBOKV or none, got FLASH_ATTN",
+        ),
+        ({"speculative_config": drafting(8)}, "num_speculative_tokens: wanted at most 7 .*got 8"),
+        ({"speculative_config": drafting(4, True)}, "parallel drafting counts twice.*got 4"),
+        (
+            {
+                "speculative_config": drafting(3),
+                "additional_config": {"turbokv": {"decode": "decompress"}},
+            },
+            "decode='decompress' is not supported with speculative decoding",
+        ),
+        (
+            {
+                "model_config__hf_text_config__layer_types": [
+                    "sliding_attention",
+                    "full_attention",
+                    "sliding_attention",
+                ],
+                "additional_config": {"turbokv": {"skip_layers": [0, 1]}},
+            },
+            r"skip_layers: wanted sliding-window layers only.*got layers \[1\]",
+        ),
+        ({"cache_config__block_size": 24}, "block_size: wanted a multiple of 16, got 24"),
+        (
+            {
+                "model_config__is_hybrid": True,
+                "additional_config": {"turbokv": {"skip_layers": [3]}},
+            },
+            "skip_layers is not supported for models that mix attention with linear layers",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_a_sentence(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"kv_cache_dtype=tq4: .*{message}"):
+        hooks.check_and_update_config(config(**changes))
+
+
+def test_all_reasons_come_at_once() -> None:
+    both = config(model_config__head_dim=16, parallel_config__enable_dbo=True)
+    with pytest.raises(ValueError, match=r"dual-batch.*; head_dim"):
+        hooks.check_and_update_config(both)
+
+
+def test_other_caches_are_left_alone() -> None:
+    hooks.check_and_update_config(config(cache_config__cache_dtype="fp8", model_config__use_mla=1))
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"wanted .*'window'.*, got"):
+        hooks.check_and_update_config(config(additional_config={"turbokv": {"windw": 1}}))
+
+
+def test_skip_layers_join_those_of_the_cache() -> None:
+    found = config(
+        additional_config={"turbokv": {"skip_layers": [0, "sliding_window"]}},
+        cache_config__kv_cache_dtype_skip_layers=["0", "5"],
+    )
+    for _ in range(2):  # vLLM completes a configuration more than once
+        hooks.check_and_update_config(found)
+    assert found.cache_config.kv_cache_dtype_skip_layers == ["0", "5", "sliding_window"]
+
+
+def test_our_backend_by_name_does_not_bind_layers_in_16_bits() -> None:
+    found = config(attention_config__backend=SimpleNamespace(name="TURBOKV"))
+    hooks.check_and_update_config(found)
+    assert found.attention_config.backend is None
+
+
+def test_speculation_within_the_kernel_passes() -> None:
+    hooks.check_and_update_config(config(speculative_config=drafting(7)))
+    assert checks.max_decode_queries(config(speculative_config=drafting(3, True))) == 7
+    assert checks.max_decode_queries(config()) == 1
+
+
+def test_the_bytes_of_a_token_follow_the_rank() -> None:
+    assert hooks.token_page_bytes(config()) == 4 * 132

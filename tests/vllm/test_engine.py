@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's real engine over compressed pages, against itself with a 16-bit cache.
+
+On a GPU these run our kernels in CUDA graphs, on a CPU the same schedules over the reference in
+PyTorch. Each test is a schedule that some compressed cache gets wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vllm import engine as e
+from tests.vllm import models
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+if importlib.util.find_spec("vllm.turbokv_hooks") is None:
+    pytest.skip("this vLLM is not the patched one", allow_module_level=True)
+
+CPU = e.on_cpu()
+if not CPU and not torch.cuda.is_available():
+    pytest.skip("neither vLLM's CPU engine nor a GPU", allow_module_level=True)
+if not CPU:
+    pytestmark = pytest.mark.gpu
+
+gpu_only = pytest.mark.skipif(CPU, reason="needs a GPU")
+# Widths whose error is small beside what a lost or doubled token does to a random model.
+KV = "tq_k5v4"
+# No token in 16 bits: every answer then comes from codes.
+BARE = {"window": 0, "sinks": 0}
+# Mean error of the five best logprobs, in nats. Widths alone cost 0.035 on these models; other
+# tokens in the place of 16 older ones cost 0.13, in the place of half of them 0.6.
+TOLERANCE = 0.08
+LONG, TOKENS = (300, 6) if CPU else (1500, 12)
+BATCH = 64 if CPU else 512
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@functools.cache
+def reference_of(
+    model: str, lengths: tuple[int, ...], seed: int, shared: int, max_tokens: int
+) -> tuple[list[list[int]], list[e.Answer]]:
+    requests = e.prompts(lengths, models.VOCAB, seed, shared)
+    with run(model, "auto") as llm:
+        return requests, e.ask(llm, requests, max_tokens)
+
+
+@contextlib.contextmanager
+def run(model: str, kv_cache_dtype: str = KV, **overrides: Any) -> Iterator[Any]:
+    settings: dict[str, Any] = {"max_num_batched_tokens": BATCH, "max_model_len": 2 * LONG}
+    if CPU:
+        settings |= {"enforce_eager": True, "block_size": 16, "kv_cache_memory_bytes": 1 << 28}
+    if kv_cache_dtype != "auto":
+        settings["turbokv"] = BARE
+    with e.engine(model, kv_cache_dtype, **(settings | overrides)) as llm:
+        yield llm
+
+
+def close(got: list[e.Answer], wanted: list[e.Answer], tolerance: float = TOLERANCE) -> None:
+    found = e.compare(got, wanted)
+    print(found)
+    assert found.positions >= len(wanted)
+    assert found.error < tolerance, found
+
+
+KINDS = ["dense", "head64", "head96", "head256", "mixed"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("hybrid", marks=gpu_only)])
+def test_answers_are_those_of_a_16_bit_cache(kind: str, folder: pathlib.Path) -> None:
+    model = models.make_tiny(kind, folder / kind)
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    with run(model) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted)
+
+
+def test_prefix_hits_of_mixed_lengths_in_one_batch(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    lengths = (LONG, LONG // 2, LONG // 3, 90, 70)
+    requests, wanted = reference_of(model, lengths, 1, 48, TOKENS)
+    with run(model, enable_prefix_caching=True) as llm:
+        # parts of some requests are cached, all of others, none of the last
+        parts = [requests[0][:200], requests[1][:64], requests[2][: LONG // 3]]
+        e.ask(llm, parts, 2)
+        close(e.ask(llm, requests, TOKENS), wanted)
+        again = e.ask(llm, requests, TOKENS)
+        close(again, wanted)
+
+
+def test_prefix_hits_keep_their_window(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    lengths = (LONG, LONG // 2, LONG // 3, 90, 70)
+    requests, wanted = reference_of(model, lengths, 1, 48, TOKENS)
+    window = {"window": 128, "sinks": 4, "window_pool_fraction": 0.02}
+    with run(model, enable_prefix_caching=True, turbokv=window) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted)
+        close(e.ask(llm, requests, TOKENS), wanted)
+
+
+def test_chunked_prefill_with_decodes_in_the_same_step(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    requests, wanted = reference_of(model, (30, LONG, 17, LONG // 2, 64), 2, 0, TOKENS)
+    with run(model) as llm:
+        close(e.ask_in_turn(llm, requests, (0, 2, 3, 4, 5), TOKENS), wanted)
+
+
+def test_context_beyond_the_workspace_is_read_in_pieces(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    with run(model, turbokv={**BARE, "workspace_tokens": BATCH}) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted)
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"path": "flash_attn"},
+        {"path": "flash_attn", "workspace_tokens": 64 if CPU else 512},
+        pytest.param({"path": "flash_attn", "decode": "decompress"}),
+    ],
+    ids=["flash_attn", "flash_attn in pieces", "decode by decompression"],
+)
+def test_paths_agree(kind: str, options: dict[str, Any], folder: pathlib.Path) -> None:
+    model = models.make_tiny(kind, folder / kind)
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    with run(model, turbokv={**BARE, **options}) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted, 2 * TOLERANCE)  # fresh tokens as codes, too
+
+
+def test_preempted_requests_resume(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    lengths = (LONG // 3,) * 6
+    requests, wanted = reference_of(model, lengths, 3, 0, 4 * TOKENS)
+    # room for little more than half of the requests once they have grown
+    blocks = 6 * (LONG // 3 + 4 * TOKENS) // 16 * 6 // 10 + LONG * 2 // 16
+    with run(model, num_gpu_blocks_override=min(blocks, 2 * LONG // 16 + 2)) as llm:
+        close(e.ask(llm, requests, 4 * TOKENS), wanted)
+
+
+def test_speculation_with_rejected_drafts(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    requests, wanted = reference_of(model, (LONG // 2, 40, 65, 130), 4, 0, 3 * TOKENS)
+    looked_up = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    with run(model, speculative_config=looked_up) as llm:
+        close(e.ask(llm, requests, 3 * TOKENS), wanted)
+
+
+@gpu_only
+def test_speculation_by_a_draft_model(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    other = models.make_tiny("dense", folder / "draft", seed=1)
+    requests, wanted = reference_of(model, (LONG // 2, 40, 65, 130), 4, 0, 3 * TOKENS)
+    # its own model drafts well, another one badly
+    for draft in (model, other):
+        config = {"method": "draft_model", "model": draft, "num_speculative_tokens": 3}
+        with run(model, speculative_config=config) as llm:
+            close(e.ask(llm, requests, 3 * TOKENS), wanted)
+
+
+def test_skipped_layers_stay_in_16_bits(folder: pathlib.Path) -> None:
+    if CPU:
+        pytest.skip("the CPU platform has one backend for all layers")
+    for kind, skip in (("dense", [0, 3]), ("mixed", ["sliding_window"]), ("mixed", [2])):
+        model = models.make_tiny(kind, folder / kind)
+        requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+        with run(model, turbokv={**BARE, "skip_layers": skip}) as llm:
+            close(e.ask(llm, requests, TOKENS), wanted)
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 16])
+def test_batches_of_any_size(count: int, folder: pathlib.Path) -> None:
+    if CPU and count == 16:
+        pytest.skip("slow without a GPU, and no graphs to pad")
+    model = models.make_tiny("dense", folder / "dense")
+    lengths = tuple(20 + 13 * i for i in range(count))
+    requests, wanted = reference_of(model, lengths, 5, 0, TOKENS)
+    with run(model) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's formats, offsets and copies, and the steps of attention in PyTorch; without vLLM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from turbokv.calibration import (
+    Calibration,
+    CalibrationError,
+    Fingerprint,
+    LayerCalibration,
+)
+from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies
+from turbokv.core import Codebook
+from turbokv.integrations.vllm import kernels_torch as kernels
+from turbokv.integrations.vllm.layer import CacheLayer, check_calibration, head_slice
+from turbokv.paged import PageLayout
+
+HEADS, DIM, PAGE = 2, 64, 32
+SETTINGS = {"sm_scale": DIM**-0.5, "sliding_window": None, "logits_soft_cap": 0.0, "sinks": None}
+
+
+def offsets(scale: float = 3.0) -> KeyOffsets:
+    generator = torch.Generator().manual_seed(5)
+    mu = scale * torch.randn(HEADS, DIM, generator=generator)
+    return KeyOffsets(mu, Rotary(rotary_frequencies(DIM)))
+
+
+def cache_layer(dtype: str = "tq_k8v4", centred: bool = False, copies: int = 0) -> CacheLayer:
+    calibration = LayerCalibration(offsets=offsets() if centred else None)
+    layer = CacheLayer.create(dtype, DIM, HEADS, calibration)
+    layer.set_offsets(calibration, slice(0, HEADS), 1024, torch.device("cpu"))
+    if copies:
+        layer.make_copies(copies, torch.device("cpu"))
+    return layer
+
+
+class Stored:
+    """A request of ``length`` tokens in shuffled pages."""
+
+    def __init__(self, layer: CacheLayer, length: int, tile_slots: Tensor | None = None) -> None:
+        generator = torch.Generator().manual_seed(length)
+        self.k, self.v = (torch.randn(length, HEADS, DIM, generator=generator) for _ in "kv")
+        if layer.k_offset is not None:
+            self.k += layer.k_offset[torch.arange(length) // 256]
+        count = -(-length // PAGE)
+        self.table = torch.randperm(count, generator=generator).int()
+        bits = layer.k_format.bits, layer.v_format.bits
+        layout = PageLayout(DIM, *bits, PAGE, HEADS)
+        self.pages = torch.zeros(layout.shape(count), dtype=torch.uint8)
+        token = torch.arange(length)
+        slots = self.table[token // PAGE].long() * PAGE + token % PAGE
+        kernels.store(layer, self.k, self.v, slots, self.pages, PAGE, token, tile_slots)
+        self.tile_slots = tile_slots
+
+    def expand(self, layer: CacheLayer, first: int, count: int) -> tuple[Tensor, Tensor]:
+        k, v = (torch.empty(count, HEADS, DIM) for _ in "kv")
+        args = (layer, self.pages, PAGE, self.table, k, v, self.tile_slots)
+        kernels.expand(*args, first_token=first)
+        return k, v
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_what_is_stored_is_read_back(centred: bool) -> None:
+    layer = cache_layer(centred=centred)
+    stored = Stored(layer, 700)
+    k, v = stored.expand(layer, 250, 300)
+    assert float((k - stored.k[250:550]).norm() / stored.k[250:550].norm()) < 0.02
+    assert float((v - stored.v[250:550]).norm() / stored.v[250:550].norm()) < 0.12
+
+
+def test_centring_helps_keys_that_share_a_mean() -> None:
+    errors = {}
+    for centred in (False, True):
+        layer = cache_layer("tq4", centred)
+        stored = Stored(cache_layer("tq4", True), 256)
+        if not centred:
+            stored.pages.zero_()
+            token = torch.arange(256)
+            slots = stored.table[token // PAGE].long() * PAGE + token % PAGE
+            kernels.store(layer, stored.k, stored.v, slots, stored.pages, PAGE, token, None)
+        k, _ = stored.expand(layer, 0, 256)
+        errors[centred] = float((k - stored.k).norm())
+    assert errors[True] < 0.5 * errors[False]
+
+
+def test_copies_are_read_in_the_place_of_codes() -> None:
+    layer = cache_layer("tq2", copies=3)
+    tile_slots = torch.full((4, 2), -1, dtype=torch.int32)
+    tile_slots[1, 0], tile_slots[3, 1] = 2, 0
+    stored = Stored(layer, 4 * PAGE, tile_slots)
+    k, v = stored.expand(layer, 0, 4 * PAGE)
+    token = torch.arange(4 * PAGE)
+    page = stored.table[token // PAGE].long()
+    held = tile_slots[page, token % PAGE // 16] >= 0
+    assert int(held.sum()) == 32
+    for got, wanted in ((k, stored.k), (v, stored.v)):
+        error = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert float(error[held].max()) < 1e-3
+        assert float(error[~held].min()) > 0.05
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"sliding_window": 40}, {"logits_soft_cap": 2.0}, {"sinks": torch.tensor([0.5] * 4)}],
+    ids=["plain", "sliding window", "soft cap", "sinks"],
+)
+def test_decode_is_attention_over_what_is_expanded(changed: dict[str, object]) -> None:
+    layer = cache_layer("tq4", centred=True)
+    stored = Stored(layer, 300)
+    q = torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(1))
+    settings = {**SETTINGS, **changed}
+    got, wanted = torch.empty(3, 4, DIM), torch.empty(3, 4, DIM)
+    lens, indptr = torch.tensor([300], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    table = stored.table[None]
+    kernels.decode(
+        layer, q, stored.pages, PAGE, table, lens, indptr, 3, None, got, None, **settings
+    )
+    k, v = stored.expand(layer, 0, 300)
+    cu_k = torch.tensor([0, 300], dtype=torch.int32)
+    kernels.attend(q, k, v, indptr, cu_k, 3, 300, wanted, causal=True, version=0, **settings)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_row_of_a_padded_batch_answers_zero() -> None:
+    layer = cache_layer("tq4")
+    stored = Stored(layer, 40)
+    out = torch.full((2, 4, DIM), 7.0)
+    lens = torch.tensor([40, 0], dtype=torch.int32)
+    tables = torch.stack([stored.table, torch.zeros_like(stored.table)])
+    q = torch.randn(2, 4, DIM)
+    kernels.decode(layer, q, stored.pages, PAGE, tables, lens, None, 1, None, out, None, **SETTINGS)
+    assert not out[1].any()
+    assert out[0].any()
+
+
+def test_pieces_merge_to_the_whole() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(n, h, DIM, generator=generator) for n, h in ((20, 4), (100, 2), (100, 2))
+    )
+    cu = [torch.tensor([0, n], dtype=torch.int32) for n in (20, 100, 80)]
+    whole, fresh, older = (torch.empty(20, 4, DIM) for _ in range(3))
+    kernels.attend(q, k, v, cu[0], cu[1], 20, 100, whole, causal=True, version=0, **SETTINGS)
+    a = kernels.attend(
+        q, k[80:], v[80:], cu[0], cu[0], 20, 20, fresh, causal=True, version=0, **SETTINGS
+    )
+    b = kernels.attend(
+        q, k[:80], v[:80], cu[0], cu[2], 20, 80, older, causal=False, version=0, **SETTINGS
+    )
+    merged = torch.empty_like(a)
+    kernels.merge(fresh, merged, older, b, fresh, a)
+    torch.testing.assert_close(fresh, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_offsets_are_those_of_the_rank() -> None:
+    calibration = LayerCalibration(offsets=offsets())
+    layer = CacheLayer.create("tq4", DIM, 1, calibration)
+    layer.set_offsets(calibration, head_slice(2, 1, 1, 2), 600, torch.device("cpu"))
+    assert layer.k_offset is not None
+    assert layer.k_offset.shape == (3, 1, DIM)
+    rotary = Rotary(rotary_frequencies(DIM))
+    wanted = rotary.segment_means(offsets().mu[1:], 0, 3)
+    torch.testing.assert_close(layer.k_offset, wanted)
+    address = layer.k_offset.data_ptr()
+    layer.k_offset.zero_()  # as sleep leaves it
+    layer.set_offsets(calibration, head_slice(2, 1, 1, 2), 600, torch.device("cpu"))
+    assert layer.k_offset.data_ptr() == address
+    torch.testing.assert_close(layer.k_offset, wanted)
+
+
+def test_heads_are_split_or_shared_among_ranks() -> None:
+    assert head_slice(8, 2, 3, 4) == slice(6, 8)
+    assert [head_slice(2, 1, rank, 4).start for rank in range(4)] == [0, 0, 1, 1]
+
+
+def calibration_of(layer: LayerCalibration) -> Calibration:
+    return Calibration(Fingerprint("", ()), {0: layer})
+
+
+def test_calibrations_that_need_folding_are_refused() -> None:
+    check_calibration(calibration_of(LayerCalibration(offsets=offsets())), "tq4")
+    scaled = LayerCalibration(k_scale=torch.ones(HEADS, DIM))
+    with pytest.raises(CalibrationError, match=r"wanted offsets and codebooks only, got .*k_scale"):
+        check_calibration(calibration_of(scaled), "tq4")
+
+
+def test_codebooks_of_other_widths_are_refused() -> None:
+    book = LayerCalibration(k_codebook=Codebook.gaussian(3))
+    with pytest.raises(ValueError, match="k_bits: wanted 3"):
+        check_calibration(calibration_of(book), "tq4")
