@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build back end: setuptools, and the CUDA kernels in the wheel where nvcc is present.
+"""Build back end: setuptools, and in the wheel what compilers are there for.
+
+The CUDA kernels need nvcc, the CPU codec a C++ compiler.
 
 Settings of ``pip wheel`` and ``python -m build``, given as ``--config-settings NAME=VALUE``:
 
@@ -8,12 +10,15 @@ Settings of ``pip wheel`` and ``python -m build``, given as ``--config-settings 
 ``archs``
     Architectures separated by commas, or ``release`` (the default).
 ``jobs``
-    Compilers at a time.
+    Compilers of CUDA at a time.
+``cpu``
+    The same three for the CPU codec and a C++ compiler.
 
-Wheels with kernels are tagged ``py3-none-manylinux_2_N_x86_64``, where N is what the library was
-found to need; those without are ``py3-none-any``. Editable installs never compile: ``make cuda``
-builds the kernels in place. An isolated build fetches PyTorch for its headers if it will compile;
-``--no-build-isolation`` uses the one that is installed.
+Wheels with a library are tagged ``py3-none-manylinux_2_N_x86_64``, where N is what the libraries
+were found to need; those without are ``py3-none-any``. Editable installs never compile: ``make
+cuda`` builds the kernels in place, ``python -m turbokv.kernels.cpu`` the codec. An isolated build
+fetches PyTorch for its headers if it will compile kernels; ``--no-build-isolation`` uses the one
+that is installed.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
-PACKAGE = Path("turbokv") / "kernels" / "cuda"
+CUDA, CPU = (Path("turbokv") / "kernels" / name for name in ("cuda", "cpu"))
 # The newest symbol versions that a platform tag allows: glibc itself, and the libstdc++ of the
 # oldest distribution with that glibc (as in auditwheel's policies).
 POLICIES = {
@@ -49,63 +54,67 @@ POLICIES = {
     (2, 35): (3, 4, 30),
     (2, 39): (3, 4, 33),
 }
-_library: Path | None = None
+_libraries: dict[Path, Path] = {}  # by package: what was built for the wheel
 
 
-def _load_compiler():
-    """Load build.py by its path: importing the package would need PyTorch."""
-    spec = importlib.util.spec_from_file_location("turbokv_cuda_build", ROOT / PACKAGE / "build.py")
+def _load_compiler(package: Path):
+    """Load a package's build.py by its path: importing the package would need PyTorch."""
+    name = f"turbokv_{package.name}_build"
+    spec = importlib.util.spec_from_file_location(name, ROOT / package / "build.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def _wants_cuda(settings: dict, compiler) -> bool:
-    choice = settings.get("cuda", "auto")
+def _wants(settings: dict, name: str, find, require) -> bool:
+    """Whether to build a library, by its setting and by whether its compiler is found."""
+    choice = settings.get(name, "auto")
     if choice not in ("auto", "on", "off"):
-        raise ValueError(f"cuda: wanted auto, on or off, got {choice!r}")
+        raise ValueError(f"{name}: wanted auto, on or off, got {choice!r}")
     if choice == "on":
-        compiler.require_nvcc()
-    return choice == "on" or (choice == "auto" and compiler.find_nvcc() is not None)
+        require()
+    return choice == "on" or (choice == "auto" and find() is not None)
 
 
 def get_requires_for_build_wheel(config_settings=None):
     """Return what building needs besides setuptools: PyTorch, if there will be kernels."""
     needs = build_meta.get_requires_for_build_wheel(None)
-    if _wants_cuda(config_settings or {}, compiler := _load_compiler()):
-        needs.append(f"torch>={'.'.join(map(str, compiler.OLDEST_TORCH))}")
+    cuda = _load_compiler(CUDA)
+    if _wants(config_settings or {}, "cuda", cuda.find_nvcc, cuda.require_nvcc):
+        needs.append(f"torch>={'.'.join(map(str, cuda.OLDEST_TORCH))}")
     return needs
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    """Build a wheel, with the CUDA kernels if they are wanted."""
-    global _library
+    """Build a wheel, with the libraries that are wanted."""
     settings = dict(config_settings or {})
-    compiler = _load_compiler()
-    _library = None
-    if _wants_cuda(settings, compiler):
+    cuda, cpu = _load_compiler(CUDA), _load_compiler(CPU)
+    _libraries.clear()
+    if _wants(settings, "cpu", cpu.find_compiler, cpu.require_compiler):
+        _libraries[CPU] = cpu.build_library(ROOT / "build" / "cpu" / cpu.LIBRARY.name)
+    if _wants(settings, "cuda", cuda.find_nvcc, cuda.require_nvcc):
         chosen = settings.get("archs", "release")
-        archs = compiler.RELEASE_ARCHS if chosen == "release" else chosen.split(",")
+        archs = cuda.RELEASE_ARCHS if chosen == "release" else chosen.split(",")
         folder = ROOT / "build" / "cuda" / "-".join(archs)
-        _library = compiler.build_library(
-            folder / compiler.LIBRARY.name,
+        _libraries[CUDA] = cuda.build_library(
+            folder / cuda.LIBRARY.name,
             folder=folder,
             archs=archs,
             jobs=int(settings["jobs"]) if "jobs" in settings else None,
             verbose=True,
         )
-    others = {k: v for k, v in settings.items() if k not in ("cuda", "archs", "jobs")}
+    others = {k: v for k, v in settings.items() if k not in ("cpu", "cuda", "archs", "jobs")}
     return build_meta.build_wheel(wheel_directory, others, metadata_directory)
 
 
-def platform_tag(library: Path) -> str:
-    """Return the oldest manylinux tag whose policy allows the symbols that ``library`` needs.
+def platform_tag(*libraries: Path) -> str:
+    """Return the oldest manylinux tag whose policy allows the symbols that ``libraries`` need.
 
-    Versions are read from its string table, so a name that is there for another reason could make
-    the tag newer than need be, never older.
+    Versions are read from their string tables, so a name that is there for another reason could
+    make the tag newer than need be, never older.
     """
-    content = library.read_bytes()
+    content = b"".join(library.read_bytes() for library in libraries)
 
     def newest(prefix: bytes) -> tuple[int, ...]:
         found = re.findall(rb"\0" + prefix + rb"_(\d+(?:\.\d+)+)(?=\0)", content)
@@ -119,19 +128,21 @@ def platform_tag(library: Path) -> str:
 
 
 class BuildPy(build_py):
-    """Puts the library beside the sources that it was built from."""
+    """Puts libraries beside the sources that they were built from."""
 
     def run(self):
-        """Build the Python files, then add the library."""
+        """Build the Python files, then add the libraries."""
         super().run()
         if self.editable_mode:
             return
-        folder = Path(self.build_lib) / PACKAGE
-        for stale in folder.glob("*.so"):  # setuptools keeps its folder between builds
-            stale.unlink()
-        if _library is not None:
+        for package in (CPU, CUDA):
+            folder = Path(self.build_lib) / package
+            for stale in folder.glob("*.so"):  # setuptools keeps its folder between builds
+                stale.unlink()
+        for package, library in _libraries.items():
+            folder = Path(self.build_lib) / package
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(_library, folder / _library.name)
+            shutil.copyfile(library, folder / library.name)
 
 
 class KernelDistribution(Distribution):
@@ -139,7 +150,7 @@ class KernelDistribution(Distribution):
 
     def has_ext_modules(self):
         """Whether setuptools should lay the wheel out for a platform."""
-        return _library is not None
+        return bool(_libraries)
 
 
 class BdistWheel(bdist_wheel):
@@ -147,4 +158,4 @@ class BdistWheel(bdist_wheel):
 
     def get_tag(self):
         """Return the tags of Python, its ABI and the platform."""
-        return ("py3", "none", "any" if _library is None else platform_tag(_library))
+        return ("py3", "none", platform_tag(*_libraries.values()) if _libraries else "any")
