@@ -256,3 +256,21 @@ def test_the_workspace_is_bounded_at_250_000_tokens(folder: pathlib.Path) -> Non
         peak = torch.cuda.max_memory_allocated() - before
     # activations of a chunk, but never keys and values of the whole context in 16 bits
     assert peak < length * 2 * 2 * 128 * 2
+
+
+def test_heads_beyond_flash_attention_prefill_in_slices(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbokv.integrations.vllm.impl import TurboKVImpl
+
+    make = TurboKVImpl.__init__
+
+    def without_flash_attention(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.prefills_in_slices = True
+
+    monkeypatch.setattr(TurboKVImpl, "__init__", without_flash_attention)
+    model = models.make_tiny("mixed", folder / "mixed")
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    with run(model) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted, 2 * TOLERANCE)  # fresh tokens as codes, too

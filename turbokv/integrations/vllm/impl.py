@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turbokv.calibration import Calibration
 from turbokv.integrations.vllm import compat, flashinfer_prefill, identity_kv, scratch
-from turbokv.integrations.vllm.checks import max_decode_queries
+from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES, max_decode_queries
 from turbokv.integrations.vllm.layer import (
     CacheLayer,
     check_calibration,
@@ -79,14 +79,17 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         self.device = compat.device()
         self.kernels: ModuleType = _kernels(self.device)
         self.fa_version = 0
+        self.prefills_in_slices = False
         if self.device.type == "cuda":
             version = compat.flash_attention_version(head_size)
             if version is None:
-                raise NotImplementedError(
-                    f"kv_cache_dtype={kv_cache_dtype} needs FlashAttention for prefill, and none"
-                    f" here takes head_dim {head_size}; list such layers in skip_layers"
+                self.prefills_in_slices = True
+                logger.warning_once(
+                    "TurboKV: no FlashAttention here takes head_dim %d: layers of that size prefill"
+                    " with the decode kernel, a few queries at a time.",
+                    head_size,
                 )
-            self.fa_version = version
+            self.fa_version = version or 0
         scheduler = self.vllm_config.scheduler_config
         self.max_num_tokens = int(scheduler.max_num_batched_tokens)
         self.capacity = max(
@@ -187,6 +190,9 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(int(scheduler.max_num_seqs), int(graphs))
         queries = max_decode_queries(self.vllm_config)
+        if self.prefills_in_slices:
+            queries = MAX_DECODE_QUERIES
+            rows += -(-self.max_num_tokens // queries)
         needed = self.kernels.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
         if needed:
             memory.keep("decode", needed, torch.uint8, device)
@@ -269,29 +275,65 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             return output.fill_(0)
         output = output.view(-1, self.num_heads, self.head_size)
         pages, page_size = kv_cache.flatten(2), kv_cache.shape[2]
-        if attn_metadata.num_decode_tokens:
-            self._decode(query, pages, page_size, attn_metadata, output)
+        md = attn_metadata
+        if md.num_decode_tokens:
+            rows, tokens = md.num_decodes, slice(0, md.num_decode_tokens)
+            is_plain = md.max_decode_len == 1 and md.num_decode_tokens == rows
+            # always given for several queries: in a graph rows may come to have fewer
+            starts = None if is_plain else md.query_start_loc[: rows + 1]
+            table, lens = md.block_table[:rows], md.seq_lens[:rows]
+            self._attend_pages(
+                query[tokens],
+                pages,
+                page_size,
+                table,
+                lens,
+                starts,
+                md.max_decode_len,
+                md,
+                output[tokens],
+            )
+        if md.sliced is not None:
+            part = md.sliced
+            self._attend_pages(
+                query[part.tokens],
+                pages,
+                page_size,
+                part.block_table,
+                part.seq_lens,
+                part.qo_indptr,
+                MAX_DECODE_QUERIES,
+                md,
+                output[part.tokens],
+            )
         for group in attn_metadata.prefill:
             self._prefill(group, query, key, value, pages, page_size, attn_metadata, output)
         return output
 
-    def _decode(
-        self, query: Tensor, pages: Tensor, page_size: int, md: TurboKVMetadata, output: Tensor
+    def _attend_pages(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        page_size: int,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        qo_indptr: Tensor | None,
+        max_q_len: int,
+        md: TurboKVMetadata,
+        output: Tensor,
     ) -> None:
-        tokens, rows = md.num_decode_tokens, md.num_decodes
-        is_uniform = tokens == rows * md.max_decode_len
+        """Attend to compressed pages with the fused kernel."""
         self.kernels.decode(
             self.storage(),
-            query[:tokens],
+            query,
             pages,
             page_size,
-            md.block_table[:rows],
-            md.seq_lens[:rows],
-            # always given for several queries: in a graph rows may come to have fewer
-            None if is_uniform and md.max_decode_len == 1 else md.query_start_loc[: rows + 1],
-            md.max_decode_len,
+            block_table,
+            seq_lens,
+            qo_indptr,
+            max_q_len,
             md.tile_slots,
-            output[:tokens],
+            output,
             scratch.current().decode,
             sm_scale=self.scale,
             sliding_window=self.sliding_window,
