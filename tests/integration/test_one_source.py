@@ -101,3 +101,14 @@ def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) ->
             if package != "turbokv":
                 (info,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
                 assert f"\nRequires-Dist: turbokv=={version}\n" in wheel.read(info).decode()
+
+
+@pytest.mark.parametrize("fork", ["flashinfer", "vllm"])
+def test_patches_that_are_refreshed_stay_as_they_are(fork: str, copy: Path) -> None:
+    folder = copy / "patches" / fork
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for what in ("edit", "refresh"):
+        command = [sys.executable, "scripts/build_forks.py", what, fork]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
