@@ -140,14 +140,15 @@ def run(layer: Layer, marks: str, more: list[str]) -> None:
 def main() -> int:
     """Parse the arguments, run the layers, print what came of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where the wheels are")
+    parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where wheels are")
     parser.add_argument("--installed", action="store_true", help="test what this Python has")
     parser.add_argument("--layer", choices=("codec", "flashinfer", "vllm"), help="only this one")
     args, more = parser.parse_known_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     here = Path(sys.executable)
     python = here if args.installed else install(args.dist)
-    copy = copy_tests()
+    # A GPU host may have turbokv on its path only, with the library that make cuda put there.
+    copy = ROOT if args.installed else copy_tests()
     engines = ["tests/integration/flashinfer", f"--ignore={NEEDS_SOURCES}"]
     layers = {
         "codec": Layer(
@@ -165,9 +166,11 @@ def main() -> int:
     own = "not gpu and not integration" if args.installed else "not gpu"
     for layer in chosen:
         if not has_hypothesis(layer.python):
-            for path in layer.folder.glob("tests/**/*.py"):
-                if "from hypothesis import" in path.read_text():
-                    layer.arguments.append(f"--ignore={path.relative_to(layer.folder)}")
+            files = layer.folder.glob("tests/**/*.py")
+            without = [p for p in files if "from hypothesis import" in p.read_text()]
+            names = {path.relative_to(layer.folder).as_posix() for path in without}
+            layer.arguments = [name for name in layer.arguments if name not in names]
+            layer.arguments += [f"--ignore={name}" for name in sorted(names)]
             layer.left_out["modules of property tests: hypothesis is not installed"] += 1
         # In two runs: Triton's kernels are interpreted in one and compiled in the other.
         for marks in (own, "gpu") if device else (own,):
