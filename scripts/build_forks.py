@@ -60,6 +60,11 @@ def build(name: str, dist: Path, root: Path, archs: str, jobs: int) -> Path:
     size = wheel.stat().st_size
     stamp.write_text(f"{wheel.name} {digest} {size}\n")
     print(f"{wheel.name}: {size / 1e6:.1f} MB, {time.monotonic() - begin:.0f} s")
+    if fork is None and wheel.name.endswith("-any.whl"):
+        print(
+            "turbokv: without CUDA kernels, "
+            + ("as asked" if archs == "off" else "nvcc is missing")
+        )
     return wheel
 
 
