@@ -31,6 +31,12 @@ def build(root: Path) -> str:
     return done.stdout
 
 
+def installed() -> str:
+    """Return what the running Python has; FlashInfer's back end would add to it."""
+    command = [sys.executable, "-m", "pip", "list", "--format=freeze"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def digests(root: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.glob("dist/*.whl")}
 
@@ -59,8 +65,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) -> None:
+    packages = installed()
     build(copy)
-    before = {**identity.identity(copy / "turbokv")}
+    assert installed() == packages
+    before = identity.identity(copy / "turbokv")
     first = digests(copy)
     assert len(first) == 3
 
