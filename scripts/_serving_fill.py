@@ -60,6 +60,7 @@ class PageFiller(KVConnectorBase_V1):  # type: ignore[misc]
             self.pending.append((list(ids), num_external_tokens))
             self.filled.add(request.request_id)
 
+    @torch.inference_mode()  # the worker's tensors are of this mode
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self.pending:
             for ids, tokens in self.pending:

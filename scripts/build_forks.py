@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from forks.base import ROOT, Fork, ForkError, apply_patches, download, unpack
@@ -59,12 +60,17 @@ def build(name: str, dist: Path, root: Path, archs: str, jobs: int) -> Path:
     size = wheel.stat().st_size
     stamp.write_text(f"{wheel.name} {digest} {size}\n")
     print(f"{wheel.name}: {size / 1e6:.1f} MB, {time.monotonic() - begin:.0f} s")
+    if fork is None and wheel.name.endswith("-any.whl"):
+        print(
+            "turbokv: without CUDA kernels, "
+            + ("as asked" if archs == "off" else "nvcc is missing")
+        )
     return wheel
 
 
-def check(root: Path = ROOT) -> None:
+def check(names: Sequence[str] = FORKS, root: Path = ROOT) -> None:
     """Apply every patch to a fresh copy of its base."""
-    for name in FORKS:
+    for name in names:
         fork = Fork.load(name, root)
         fork.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=fork.folder) as scratch:
@@ -100,9 +106,13 @@ def edit(name: str, root: Path = ROOT) -> Path:
     _git(repository, "add", "--all", "--force")
     _git(repository, "commit", "--quiet", "--message", f"{fork.fields['tag']}")
     _git(repository, "tag", "base")
-    for patch in fork.patches:
-        # --3way helps where the base has moved on; conflicts are left for the person to mend
-        _git(repository, "am", "--quiet", "--3way", str(patch.resolve()))
+    try:
+        _git(repository, "am", "--quiet", *(str(patch.resolve()) for patch in fork.patches))
+    except ForkError as error:
+        raise ForkError(
+            f"{error}\nIn {repository}: git apply --reject the patch that git am names, mend the"
+            " files, git add them, git am --continue; then make patches-refresh."
+        ) from None
     print(f"{repository.relative_to(root)}: {len(fork.patches)} commits on the tag base")
     return repository
 
@@ -122,7 +132,7 @@ def refresh(name: str, root: Path = ROOT) -> None:
             old.unlink()
         for patch in made:
             shutil.copyfile(patch, root / "patches" / name / patch.name)
-    print(f"patches/{name}: {len(made)} patches")
+    check([name], root)
 
 
 def main() -> int:

@@ -140,15 +140,29 @@ def _pip_download(fork: Fork, folder: Path) -> None:
 
 
 def is_checked_out(fork: Fork) -> bool:
-    """Whether the submodule has files; raise if it is at another commit than BASE's."""
+    """Whether the submodule has files; raise unless they are exactly BASE's commit."""
     if not (fork.submodule / ".git").exists():
         return False
-    git = ["git", "-C", str(fork.submodule), "rev-parse", "HEAD"]
-    head = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    if head != fork.fields["commit"]:
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(fork.submodule), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    where = f"{fork.name}: third_party/{fork.name}"
+    if (head := git("rev-parse", "HEAD")) != fork.fields["commit"]:
         raise ForkError(
-            f"{fork.name}: third_party/{fork.name}: wanted commit {fork.fields['commit']} (BASE),"
-            f" got {head}. Run git submodule update --init --recursive third_party/{fork.name}."
+            f"{where}: wanted commit {fork.fields['commit']} (BASE), got {head}. Run git submodule"
+            f" update --init --recursive --checkout third_party/{fork.name}."
+        )
+    if any(line.startswith("-") for line in git("submodule", "status").splitlines()):
+        raise ForkError(
+            f"{where}: wanted its own submodules checked out too. Run git submodule update --init"
+            f" --recursive --checkout third_party/{fork.name}."
+        )
+    if changes := git("status", "--porcelain"):
+        raise ForkError(
+            f"{where}: wanted no changes, got\n{changes}\nPatches are made elsewhere:"
+            f" make patches-edit FORK={fork.name}."
         )
     return True
 
@@ -170,8 +184,11 @@ def unpack(fork: Fork, target: Path) -> None:
     if fork.fields["file"].endswith(".whl"):
         _unpack_patched(fork, target)
     elif is_checked_out(fork):
-        ignore = shutil.ignore_patterns(".git", "build", "dist")
-        shutil.copytree(fork.submodule, target, ignore=ignore, symlinks=True, dirs_exist_ok=True)
+        command = ["git", "-C", str(fork.submodule), "ls-files", "--recurse-submodules", "-z"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for name in filter(None, listed.split("\0")):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(fork.submodule / name, target / name, follow_symlinks=False)
     else:
         with tarfile.open(download(fork)) as archive:
             archive.extractall(target.parent / "sdist", filter="data")

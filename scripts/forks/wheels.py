@@ -47,6 +47,12 @@ def identity(root: Path) -> tuple[str, bytes, str]:
 # --- what goes into a fork ------------------------------------------------------------------------
 
 
+def header_folders(root: Path) -> tuple[Path, ...]:
+    """Return the folders whose ``turbokv/**/*.cuh`` FlashInfer compiles."""
+    package = root / "turbokv"
+    return (package / "kernels/cuda/include", package / "integrations/flashinfer/include")
+
+
 def overlay(fork: Fork) -> dict[str, Path]:
     """Return files to add to a fork's tree, by their path there."""
     found: dict[str, Path] = {}
@@ -57,11 +63,9 @@ def overlay(fork: Fork) -> dict[str, Path]:
                 found[below + path.relative_to(folder).as_posix()] = path
 
     if fork.name == "flashinfer":
-        add(fork.root / "turbokv" / "kernels" / "cuda" / "include" / "turbokv", "include/turbokv/")
-        found.pop("include/turbokv/README.md", None)
-        sources = fork.root / "turbokv" / "integrations" / "flashinfer"
-        add(sources / "include", "include/")
-        add(sources / "csrc", "csrc/")
+        for folder in header_folders(fork.root):
+            add(folder / "turbokv", "include/turbokv/")
+        add(fork.root / "turbokv/integrations/flashinfer/csrc", "csrc/")
     add(fork.shims)
     return found
 

@@ -189,3 +189,88 @@ def test_batches_of_any_size(count: int, folder: pathlib.Path) -> None:
     requests, wanted = reference_of(model, lengths, 5, 0, TOKENS)
     with run(model) as llm:
         close(e.ask(llm, requests, TOKENS), wanted)
+
+
+def test_pages_travel_through_a_connector(
+    folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbokv.integrations.vllm import identity_kv
+
+    model = models.make_tiny("dense", folder / "dense")
+    requests, wanted = reference_of(model, (LONG, 40, 130), 6, 0, TOKENS)
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    loaded: list[int] = []
+    forget = identity_kv.forget_copies
+
+    def counting(blocks: Any, block_size: int) -> None:
+        blocks = list(blocks)
+        loaded.extend(blocks)
+        forget(blocks, block_size)
+
+    monkeypatch.setattr(identity_kv, "forget_copies", counting)
+    window = {"window": 128, "sinks": 4}
+    # this example stores a prompt's first step only, and looks for whole prompts
+    settings = {"kv_transfer_config": connector, "max_num_batched_tokens": 2 * LONG}
+    for turn in range(2):
+        with run(model, turbokv=window, **settings) as llm:
+            close([e.ask(llm, [ids], TOKENS)[0] for ids in requests], wanted)
+        assert bool(loaded) == (turn == 1)
+    # pages of other widths are not found, rather than read as if they were these
+    loaded.clear()
+    with run(model, "tq_k5v3", **settings) as llm:
+        close([e.ask(llm, [ids], TOKENS)[0] for ids in requests], wanted, 2 * TOLERANCE)
+    assert not loaded
+
+
+@gpu_only
+def test_sleep_and_wake(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    window = {"window": 128, "sinks": 4}
+    with run(model, enable_sleep_mode=True, enable_prefix_caching=True, turbokv=window) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted)
+        llm.sleep(level=1)
+        llm.wake_up()
+        close(e.ask(llm, requests, TOKENS), wanted)
+
+
+@gpu_only
+def test_the_workspace_is_bounded_at_250_000_tokens(folder: pathlib.Path) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    length = 250_000
+    (long,) = e.prompts((length,), models.VOCAB, 7)
+    settings = {
+        "max_model_len": length + 16,
+        "max_num_batched_tokens": 8192,
+        "hf_overrides": {"max_position_embeddings": length + 16},
+    }
+    with run(model, turbokv={**BARE, "workspace_tokens": 32_768}, **settings) as llm:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        e.ask(llm, [long], 4)
+        peak = torch.cuda.max_memory_allocated() - before
+    # activations of a chunk, but never keys and values of the whole context in 16 bits
+    assert peak < length * 2 * 2 * 128 * 2
+
+
+def test_heads_beyond_flash_attention_prefill_in_slices(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbokv.integrations.vllm.impl import TurboKVImpl
+
+    make = TurboKVImpl.__init__
+
+    def without_flash_attention(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.prefills_in_slices = True
+
+    monkeypatch.setattr(TurboKVImpl, "__init__", without_flash_attention)
+    model = models.make_tiny("mixed", folder / "mixed")
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    with run(model) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted, 2 * TOLERANCE)  # fresh tokens as codes, too

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, workspace_floor
+from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, slices, workspace_floor
 
 
 def test_fresh_rows_need_no_workspace() -> None:
@@ -49,6 +49,13 @@ def test_a_sliding_window_bounds_what_is_expanded() -> None:
 def test_padding_is_passed_over() -> None:
     groups = plan([5, 0, 3, 0], [9, 0, 3, 0], 64)
     assert [(g.first, g.last) for g in groups] == [(0, 1), (2, 3)]
+
+
+def test_slices_see_no_token_after_their_last_query() -> None:
+    rows, queries, lens = slices([19, 0, 8], [100, 0, 8], 8)
+    assert rows == [0, 0, 0, 2]
+    assert queries == [8, 8, 3, 8]
+    assert lens == [89, 97, 100, 8]
 
 
 def test_more_fresh_tokens_than_tokens_are_refused() -> None:

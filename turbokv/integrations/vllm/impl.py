@@ -14,26 +14,23 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turbokv.calibration import Calibration
 from turbokv.integrations.vllm import compat, flashinfer_prefill, identity_kv, scratch
-from turbokv.integrations.vllm.checks import max_decode_queries
+from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES, max_decode_queries
 from turbokv.integrations.vllm.layer import (
     CacheLayer,
     check_calibration,
     head_slice,
     total_copy_bytes,
 )
-from turbokv.integrations.vllm.metadata import (
-    MAX_SINGLE_EXPANSIONS,
-    PrefillGroup,
-    TurboKVMetadata,
-)
+from turbokv.integrations.vllm.metadata import TurboKVMetadata
 from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.prefill import PrefillSteps
 from turbokv.integrations.vllm.prefill_plan import workspace_floor
 from turbokv.integrations.vllm.window import pool_slots
 
 logger = init_logger(__name__)
 
 
-class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
+class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     """Attention over compressed pages; arguments as vLLM's ``Attention`` layer gives them."""
 
     supports_quant_query_input = False
@@ -79,14 +76,17 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         self.device = compat.device()
         self.kernels: ModuleType = _kernels(self.device)
         self.fa_version = 0
+        self.prefills_in_slices = False
         if self.device.type == "cuda":
             version = compat.flash_attention_version(head_size)
             if version is None:
-                raise NotImplementedError(
-                    f"kv_cache_dtype={kv_cache_dtype} needs FlashAttention for prefill, and none"
-                    f" here takes head_dim {head_size}; list such layers in skip_layers"
+                self.prefills_in_slices = True
+                logger.warning_once(
+                    "TurboKV: no FlashAttention here takes head_dim %d: layers of that size prefill"
+                    " with the decode kernel, a few queries at a time.",
+                    head_size,
                 )
-            self.fa_version = version
+            self.fa_version = version or 0
         scheduler = self.vllm_config.scheduler_config
         self.max_num_tokens = int(scheduler.max_num_batched_tokens)
         self.capacity = max(
@@ -182,11 +182,14 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     def reserve(self, device: torch.device) -> None:
         """Make shared memory as large as this layer will ever need it."""
         memory = scratch.current()
-        self._workspace(memory, self.capacity)
+        self.workspace(memory, self.capacity)
         scheduler = self.vllm_config.scheduler_config
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(int(scheduler.max_num_seqs), int(graphs))
         queries = max_decode_queries(self.vllm_config)
+        if self.prefills_in_slices:
+            queries = MAX_DECODE_QUERIES
+            rows += -(-self.max_num_tokens // queries)
         needed = self.kernels.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
         if needed:
             memory.keep("decode", needed, torch.uint8, device)
@@ -208,18 +211,6 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
             float_workspace=flashinfer_prefill.reserve(scratch.current(), device),
-        )
-
-    def _workspace(self, memory: scratch.Scratch, tokens: int) -> list[Tensor]:
-        """Return room for expanded keys and values, and for one partial output and its sums."""
-        dtype = self.vllm_config.model_config.dtype
-        expanded = ((tokens, self.num_kv_heads, self.head_size), dtype)
-        return memory.views(
-            self.device,
-            expanded,
-            expanded,
-            ((self.max_num_tokens, self.num_heads, self.head_size), dtype),
-            ((2, self.num_heads, self.max_num_tokens), torch.float32),
         )
 
     # --- a step -------------------------------------------------------------------------------
@@ -269,207 +260,71 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             return output.fill_(0)
         output = output.view(-1, self.num_heads, self.head_size)
         pages, page_size = kv_cache.flatten(2), kv_cache.shape[2]
-        if attn_metadata.num_decode_tokens:
-            self._decode(query, pages, page_size, attn_metadata, output)
+        md = attn_metadata
+        if md.num_decode_tokens:
+            rows, tokens = md.num_decodes, slice(0, md.num_decode_tokens)
+            is_plain = md.max_decode_len == 1 and md.num_decode_tokens == rows
+            # always given for several queries: in a graph rows may come to have fewer
+            starts = None if is_plain else md.query_start_loc[: rows + 1]
+            table, lens = md.block_table[:rows], md.seq_lens[:rows]
+            self._attend_pages(
+                query[tokens],
+                pages,
+                page_size,
+                table,
+                lens,
+                starts,
+                md.max_decode_len,
+                md,
+                output[tokens],
+            )
+        if md.sliced is not None:
+            part = md.sliced
+            self._attend_pages(
+                query[part.tokens],
+                pages,
+                page_size,
+                part.block_table,
+                part.seq_lens,
+                part.qo_indptr,
+                MAX_DECODE_QUERIES,
+                md,
+                output[part.tokens],
+            )
         for group in attn_metadata.prefill:
-            self._prefill(group, query, key, value, pages, page_size, attn_metadata, output)
+            self.prefill(group, query, key, value, pages, page_size, attn_metadata, output)
         return output
 
-    def _decode(
-        self, query: Tensor, pages: Tensor, page_size: int, md: TurboKVMetadata, output: Tensor
+    def _attend_pages(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        page_size: int,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        qo_indptr: Tensor | None,
+        max_q_len: int,
+        md: TurboKVMetadata,
+        output: Tensor,
     ) -> None:
-        tokens, rows = md.num_decode_tokens, md.num_decodes
-        is_uniform = tokens == rows * md.max_decode_len
+        """Attend to compressed pages with the fused kernel."""
         self.kernels.decode(
             self.storage(),
-            query[:tokens],
+            query,
             pages,
             page_size,
-            md.block_table[:rows],
-            md.seq_lens[:rows],
-            # always given for several queries: in a graph rows may come to have fewer
-            None if is_uniform and md.max_decode_len == 1 else md.query_start_loc[: rows + 1],
-            md.max_decode_len,
+            block_table,
+            seq_lens,
+            qo_indptr,
+            max_q_len,
             md.tile_slots,
-            output[:tokens],
+            output,
             scratch.current().decode,
             sm_scale=self.scale,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
             sinks=self._sinks_float,
         )
-
-    # --- prefill ------------------------------------------------------------------------------
-
-    def _prefill(
-        self,
-        group: PrefillGroup,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pages: Tensor,
-        page_size: int,
-        md: TurboKVMetadata,
-        output: Tensor,
-    ) -> None:
-        plan, tokens = group.group, group.tokens
-        q, out = query[tokens], output[tokens]
-        k = v = None
-        if not self.reads_cache_only:
-            k, v = key[tokens], value[tokens]
-            if plan.is_fresh:
-                self._attend(q, k, v, group.cu_q, group.cu_q, max(plan.q_lens), None, out)
-                return
-        if group.planned is not None:
-            lse = flashinfer_prefill.run(
-                group.planned, self.storage(), q, pages, md.tile_slots, out
-            )
-            self._apply_sinks(out, lse)
-            return
-        table = md.block_table[group.rows]
-        args = (pages, page_size, table, md.tile_slots)
-        if plan.is_chunked:
-            self._prefill_chunked(group, q, k, v, args, out)
-            return
-        total = sum(plan.kv_lens)
-        all_k, all_v, _, _ = self._workspace(scratch.current(), self.capacity)
-        all_k, all_v = all_k[:total], all_v[:total]
-        self._expand(group, k, v, args, all_k, all_v)
-        self._attend(
-            q, all_k, all_v, group.cu_q, group.cu_k, max(plan.q_lens), max(plan.kv_lens), out
-        )
-
-    def _expand(
-        self,
-        group: PrefillGroup,
-        k: Tensor | None,
-        v: Tensor | None,
-        args: tuple[Tensor, int, Tensor, Tensor | None],
-        all_k: Tensor,
-        all_v: Tensor,
-    ) -> None:
-        """Fill the workspace with each row's tokens in order: older ones, then fresh ones."""
-        pages, page_size, table, tile_slots = args
-        plan, cache = group.group, self.storage()
-        rows = table.shape[0]
-        if rows > MAX_SINGLE_EXPANSIONS:
-            # one launch for all, fresh tokens included; their 16-bit values go on top
-            self.kernels.expand(
-                cache,
-                pages,
-                page_size,
-                table,
-                all_k,
-                all_v,
-                tile_slots,
-                token_begin=group.begins,
-                out_indptr=group.cu_k,
-            )
-            if k is not None and v is not None and group.fresh is not None:
-                all_k.index_copy_(0, group.fresh, k)
-                all_v.index_copy_(0, group.fresh, v)
-            return
-        at = fresh = 0
-        for row in range(rows):
-            q_len, kv_len = plan.q_lens[row], plan.kv_lens[row]
-            older = kv_len if k is None else kv_len - q_len
-            if older:
-                self.kernels.expand(
-                    cache,
-                    pages,
-                    page_size,
-                    table[row],
-                    all_k[at : at + older],
-                    all_v[at : at + older],
-                    tile_slots,
-                    first_token=plan.begins[row],
-                )
-            if k is not None and v is not None:
-                all_k[at + older : at + kv_len] = k[fresh : fresh + q_len]
-                all_v[at + older : at + kv_len] = v[fresh : fresh + q_len]
-            at, fresh = at + kv_len, fresh + q_len
-
-    def _prefill_chunked(
-        self,
-        group: PrefillGroup,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        args: tuple[Tensor, int, Tensor, Tensor | None],
-        out: Tensor,
-    ) -> None:
-        """Attend to fresh tokens, then to the older ones of the one row piece by piece."""
-        pages, page_size, table, tile_slots = args
-        q_len, cache = group.group.q_lens[0], self.storage()
-        context = group.group.context_lens[0]
-        room_k, room_v, partial, sums = self._workspace(scratch.current(), self.capacity)
-        if k is None or v is None:
-            k, v = room_k[:q_len], room_v[:q_len]
-            self.kernels.expand(
-                cache, pages, page_size, table[0], k, v, tile_slots, first_token=context
-            )
-        lse = self._attend(q, k, v, group.cu_q, group.cu_q, q_len, None, out, with_sinks=False)
-        for turn, (first, count, cu_k) in enumerate(group.pieces):
-            piece_k, piece_v = room_k[:count], room_v[:count]
-            self.kernels.expand(
-                cache, pages, page_size, table[0], piece_k, piece_v, tile_slots, first_token=first
-            )
-            piece = partial[:q_len]
-            piece_lse = self._attend(
-                q,
-                piece_k,
-                piece_v,
-                group.cu_q,
-                cu_k,
-                q_len,
-                count,
-                piece,
-                causal=False,
-                with_sinks=False,
-            )
-            # two buffers in turn: merging reads the sums that it replaces
-            merged = sums[turn % 2].view(-1)[: self.num_heads * q_len].view(self.num_heads, q_len)
-            self.kernels.merge(out, merged, piece, piece_lse, out, lse)
-            lse = merged
-        self._apply_sinks(out, lse)
-
-    def _apply_sinks(self, out: Tensor, lse: Tensor) -> None:
-        """Let sinks take their share of probabilities that were computed without them."""
-        if self._sinks_float is not None:
-            share = torch.sigmoid(lse - self._sinks_float[:, None]).t()[..., None]
-            out.mul_(share.to(out.dtype))
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int | None,
-        out: Tensor,
-        *,
-        causal: bool = True,
-        with_sinks: bool = True,
-    ) -> Tensor:
-        lse: Tensor = self.kernels.attend(
-            q,
-            k,
-            v,
-            cu_q,
-            cu_k,
-            max_q,
-            max_q if max_k is None else max_k,
-            out,
-            sm_scale=self.scale,
-            causal=causal,
-            sliding_window=self.sliding_window if causal else None,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=self._sinks_float if with_sinks else None,
-            version=self.fa_version,
-        )
-        return lse
 
 
 def _kernels(device: torch.device) -> ModuleType:

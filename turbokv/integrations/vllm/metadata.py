@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,8 +19,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from turbokv.integrations.vllm import metrics, scratch
+from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES
 from turbokv.integrations.vllm.options import Options
-from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, workspace_floor
+from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, slices, workspace_floor
 from turbokv.integrations.vllm.window import RecentWindow
 
 # Above so many rows one launch for all is worth expanding their fresh tokens as well.
@@ -62,6 +64,24 @@ class PrefillGroup:
 
 
 @dataclass(eq=False)
+class SlicedPrefill:
+    """Prefill rows as many short rows, for heads that FlashAttention does not take.
+
+    Attributes
+    ----------
+    tokens
+        Of the step's queries.
+    block_table, seq_lens, qo_indptr
+        int32, of the short rows: pages, tokens that the last query sees, and where queries start.
+    """
+
+    tokens: slice
+    block_table: Tensor
+    seq_lens: Tensor
+    qo_indptr: Tensor
+
+
+@dataclass(eq=False)
 class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
     """A step's metadata; decodes come first.
 
@@ -79,6 +99,8 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
         int32 ``[num_pages, page_size / 16]``, slots of 16-bit copies, or None.
     prefill
         What the decode kernel does not take.
+    sliced
+        The same as rows that it does take, for heads that FlashAttention does not.
     """
 
     num_decodes: int
@@ -91,6 +113,7 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
     positions: Tensor | None = None
     tile_slots: Tensor | None = None
     prefill: tuple[PrefillGroup, ...] = field(default=())
+    sliced: SlicedPrefill | None = None
 
 
 class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type: ignore[misc]
@@ -120,6 +143,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         self._window: RecentWindow | None = None
         self._flashinfer: Any = None
         layers = self._layers()
+        self.is_sliced = any(layer.impl.prefills_in_slices for layer in layers)
         self.is_centred = any(layer.impl.cache.k_offset is not None for layer in layers)
         for layer in layers:
             layer.impl.reserve(device)
@@ -177,21 +201,41 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             block_table=cam.block_table_tensor,
             query_start_loc=cam.query_start_loc,
         )
-        if num_prefills:
+        if num_prefills and self.is_sliced:
+            metadata.sliced = self._slices(cam, num_decodes)
+        elif num_prefills:
             metadata.prefill = self._prefill(cam, num_decodes)
         if self.is_centred:
             metadata.positions = self._positions(cam)
         metadata.tile_slots = self._tile_slots(cam, refresh)
         return metadata
 
-    def _prefill(self, cam: CommonAttentionMetadata, num_decodes: int) -> tuple[PrefillGroup, ...]:
+    def _slices(self, cam: CommonAttentionMetadata, num_decodes: int) -> SlicedPrefill:
+        starts, q_lens, seq_lens = self._lengths(cam, num_decodes)
+        rows, queries, lens = slices(q_lens, seq_lens, MAX_DECODE_QUERIES)
+        table = self._upload([*_cumulative(queries), *lens, *rows], torch.int32)
+        count = len(rows)
+        return SlicedPrefill(
+            tokens=slice(starts[0], starts[-1]),
+            block_table=cam.block_table_tensor[num_decodes:].index_select(0, table[-count:]),
+            seq_lens=table[count + 1 : 2 * count + 1],
+            qo_indptr=table[: count + 1],
+        )
+
+    def _lengths(
+        self, cam: CommonAttentionMetadata, num_decodes: int
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Return where prefill rows start among the step's queries, their queries and tokens."""
         starts = cam.query_start_loc_cpu[num_decodes : cam.num_reqs + 1].tolist()
         q_lens = [b - a for a, b in itertools.pairwise(starts)]
         # the bound is exact for rows that are prefill (vLLM's own promise)
         lens = cam.seq_lens_cpu_upper_bound
         if lens is None:
             lens = cam.seq_lens.cpu()
-        seq_lens = lens[num_decodes : cam.num_reqs].tolist()
+        return starts, q_lens, lens[num_decodes : cam.num_reqs].tolist()
+
+    def _prefill(self, cam: CommonAttentionMetadata, num_decodes: int) -> tuple[PrefillGroup, ...]:
+        starts, q_lens, seq_lens = self._lengths(cam, num_decodes)
         if self.options.path != "flashinfer":
             groups = plan(q_lens, seq_lens, self.capacity, self.sliding_window)
             return tuple(self._on_device(group, starts, num_decodes) for group in groups)
@@ -285,7 +329,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         return self._window.tile_slots
 
 
-def _cumulative(lengths: tuple[int, ...]) -> list[int]:
+def _cumulative(lengths: Sequence[int]) -> list[int]:
     total = [0]
     for length in lengths:
         total.append(total[-1] + length)

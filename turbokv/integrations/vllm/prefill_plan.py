@@ -122,6 +122,29 @@ def plan(
     return tuple(groups)
 
 
+def slices(
+    q_lens: Sequence[int], seq_lens: Sequence[int], most: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Cut prefill rows into rows of at most ``most`` queries, which the decode kernel can take.
+
+    Returns
+    -------
+    tuple
+        For each new row: the row it comes from, its queries, and the tokens that its last query
+        sees.
+    """
+    rows: list[int] = []
+    queries: list[int] = []
+    lens: list[int] = []
+    for row, (q_len, seq_len) in enumerate(zip(q_lens, seq_lens, strict=True)):
+        for start in range(0, q_len, most):
+            count = min(most, q_len - start)
+            rows.append(row)
+            queries.append(count)
+            lens.append(seq_len - q_len + start + count)
+    return rows, queries, lens
+
+
 def chunks(context: int, capacity: int) -> tuple[tuple[int, int], ...]:
     """Cut ``context`` older tokens into pieces ``(first_token, count)`` of at most ``capacity``."""
     return tuple((i, min(capacity, context - i)) for i in range(0, context, capacity))

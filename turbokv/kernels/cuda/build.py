@@ -46,7 +46,8 @@ _NVCC_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-unknown-pragmas",
     f"-Xcompiler=-fmacro-prefix-map={HERE}=turbokv/kernels/cuda",  # messages name no build machine
 )
-_LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL")
+# -s: local symbols hold the names of the compiler's temporary files, which no two builds share
+_LINK_FLAGS = ("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,-s")
 _EXPORTS = "{ global: turbokv_*; local: *; };\n"
 
 
@@ -225,7 +226,9 @@ class _Object:
     def compile(self, version: str) -> None:
         depfile = self.target.with_suffix(".d")
         self._stamp.unlink(missing_ok=True)
-        _run([*self.command, "-MD", "-MF", str(depfile), "-c", "-o", str(self.target)])
+        # names of what is local to a file hold a random number, or this: builds give equal bytes
+        seed = f"-frandom-seed={self.target.stem}"
+        _run([*self.command, seed, "-MD", "-MF", str(depfile), "-c", "-o", str(self.target)])
         names = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
         # the toolkit's own headers change only with its version
         ours = [name for name in names if Path(name).resolve().is_relative_to(HERE)]

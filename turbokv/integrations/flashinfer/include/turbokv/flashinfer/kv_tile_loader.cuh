@@ -114,7 +114,11 @@ struct KVTileLoader {
       entry_t next;
       const bool looks = tid_ < kTiles;
       if (looks) next = Entry<kTiles>(iter + 1);
-      FinishKeys<KTraits>(iter);
+      if (params_.tiles.k_offset != nullptr) {
+        FinishKeys<KTraits, true>(iter);
+      } else {
+        FinishKeys<KTraits, false>(iter);
+      }
       if (looks) Entries<kTiles>()[tid_] = next;
     }
     __syncthreads();
@@ -242,90 +246,115 @@ struct KVTileLoader {
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
 
-  /*! \brief A thread has one column of eight coordinates, and every R-th token. */
-  template <typename KTraits>
+  /*! \brief A thread has one column of eight coordinates, and every kStep-th token. Eight of its
+   *  chunks are read before the first is written: few warps are there to hide latency. */
+  template <typename KTraits, bool CENTRED>
   __device__ __forceinline__ void FinishKeys(uint32_t iter) const {
     constexpr uint32_t kTiles = KTraits::CTA_TILE_KV / kTokens, kColumns = HEAD_DIM / 8;
-    constexpr uint32_t kStep = KTraits::NUM_THREADS / kColumns;
+    constexpr uint32_t kStep = KTraits::NUM_THREADS / kColumns, kRows = kTokens / kStep;
     static_assert(KTraits::NUM_THREADS % kColumns == 0 && kTokens % kStep == 0);
+    constexpr uint32_t kMost = kRows < 8 ? 8 / kRows : 1, kBatch = kTiles < kMost ? kTiles : kMost;
+    static_assert(kTiles % kBatch == 0);
     const kind_t* kinds = Kinds<kTiles>(false);
     const levels_t levels = *Levels<kTiles>(false);
     const uint32_t column = tid_ % kColumns;
-    const float* k_offset = params_.tiles.k_offset;
     __half2 mu[4] = {};
     uint32_t segment = ~0u;
 #pragma unroll 1
-    for (uint32_t tile = 0; tile < kTiles; ++tile) {
-      if (kinds[tile] != kCodes) continue;
-      const uint8_t* stage = KeyStage(tile);
-      if (k_offset != nullptr) {
-        const uint32_t own = (Position<KTraits>(iter) + tile * kTokens) / kTokensPerSegment;
-        if (own != segment) {
-          segment = own;
-          const int64_t row = static_cast<int64_t>(own) * params_.paged_kv.num_heads + head_;
-          const float4* from =
-              reinterpret_cast<const float4*>(k_offset + row * HEAD_DIM + column * 8);
-          const float4 a = __ldg(from), b = __ldg(from + 1);
-          mu[0] = __floats2half2_rn(a.x, a.y), mu[1] = __floats2half2_rn(a.z, a.w);
-          mu[2] = __floats2half2_rn(b.x, b.y), mu[3] = __floats2half2_rn(b.z, b.w);
-        }
+    for (uint32_t first = 0; first < kTiles; first += kBatch) {
+      role_codes_t codes[kBatch * kRows];
+      uint32_t scales[kBatch * kRows];
+#pragma unroll
+      for (uint32_t n = 0; n < kBatch * kRows; ++n) {
+        const uint32_t token = tid_ / kColumns + n % kRows * kStep;
+        const uint8_t* stage = KeyStage(first + n / kRows);
+        scales[n] = *reinterpret_cast<const uint16_t*>(stage + kLayout.v_base + 4 * token);
+        codes[n] = flashinfer_detail::LoadKeyCodes<HEAD_DIM, K_BITS>(stage, token, column);
       }
 #pragma unroll
-      for (uint32_t i = 0; i < kTokens / kStep; ++i) {
-        const uint32_t token = tid_ / kColumns + i * kStep;
-        const uint32_t scale =
-            *reinterpret_cast<const uint16_t*>(stage + kLayout.v_base + 4 * token);
-        const role_codes_t codes =
-            flashinfer_detail::LoadKeyCodes<HEAD_DIM, K_BITS>(stage, token, column);
+      for (uint32_t n = 0; n < kBatch * kRows; ++n) {
+        const uint32_t tile = first + n / kRows;
+        const bool has_codes = kinds[tile] == kCodes;
+        if (CENTRED && n % kRows == 0 && has_codes) LoadOffset<KTraits>(iter, tile, segment, mu);
         __half2 x[4];
-        flashinfer_detail::ExpandHalf<role_t::kKey, K_BITS>(codes, levels, x);
-        const __half2 factor = __half2half2(__ushort_as_half(scale & 0x7fffu));
-        if (k_offset != nullptr) {
+        flashinfer_detail::ExpandHalf<role_t::kKey, K_BITS>(codes[n], levels, x);
+        const __half2 factor = __half2half2(__ushort_as_half(scales[n] & 0x7fffu));
+        if constexpr (CENTRED) {
           // tokens marked by the sign of their scale were stored as they were
-          const __half2 centred = __float2half2_rn(scale & 0x8000u ? 0.f : 1.f);
+          const __half2 centred = __float2half2_rn(scales[n] & 0x8000u ? 0.f : 1.f);
 #pragma unroll
           for (int j = 0; j < 4; ++j) x[j] = __hfma2(x[j], factor, __hmul2(mu[j], centred));
         } else {
 #pragma unroll
           for (int j = 0; j < 4; ++j) x[j] = __hmul2(x[j], factor);
         }
-        k_smem_[Place<KTraits>(tile * kTokens + token, column)] = Pack(x);
+        const uint32_t row = tile * kTokens + tid_ / kColumns + n % kRows * kStep;
+        if (has_codes) k_smem_[Place<KTraits>(row, column)] = Pack(x);
       }
     }
   }
 
-  /*! \brief A thread has one column of eight coordinates of the four tokens that share words. */
+  /*! \brief Have this thread's column of the offset of a tile's segment in `mu`. */
+  template <typename KTraits>
+  __device__ __forceinline__ void LoadOffset(uint32_t iter, uint32_t tile, uint32_t& segment,
+                                             __half2 (&mu)[4]) const {
+    const uint32_t own = (Position<KTraits>(iter) + tile * kTokens) / kTokensPerSegment;
+    if (own == segment) return;
+    segment = own;
+    const int64_t row = static_cast<int64_t>(own) * params_.paged_kv.num_heads + head_;
+    const float4* from = reinterpret_cast<const float4*>(params_.tiles.k_offset + row * HEAD_DIM +
+                                                         tid_ % (HEAD_DIM / 8) * 8);
+    const float4 a = __ldg(from), b = __ldg(from + 1);
+    mu[0] = __floats2half2_rn(a.x, a.y), mu[1] = __floats2half2_rn(a.z, a.w);
+    mu[2] = __floats2half2_rn(b.x, b.y), mu[3] = __floats2half2_rn(b.z, b.w);
+  }
+
+  /*! \brief A thread has one column of eight coordinates of the four tokens that share words, and
+   *  reads two of those before it writes the first. */
   template <typename KTraits>
   __device__ __forceinline__ void FinishValues(uint32_t iter) const {
     constexpr uint32_t kTiles = KTraits::CTA_TILE_KV / kTokens, kColumns = HEAD_DIM / 8;
-    constexpr uint32_t kTileThreads = 4 * kColumns;
+    constexpr uint32_t kTileThreads = 4 * kColumns, kStep = KTraits::NUM_THREADS / kTileThreads;
     static_assert(KTraits::NUM_THREADS % kTileThreads == 0);
+    constexpr uint32_t kOwn = kTiles / kStep > 0 ? kTiles / kStep : 1, kBatch = kOwn < 2 ? 1 : 2;
     const kind_t* kinds = Kinds<kTiles>(true);
     const levels_t levels = *Levels<kTiles>(true);
     const uint32_t t = tid_ % 4, column = tid_ / 4 % kColumns;
     const uint32_t position = Position<KTraits>(iter);
     const uint32_t rows = end_ > position ? end_ - position : 0;
+    if (kTiles < kStep && tid_ / kTileThreads >= kTiles)
+      return;  // fewer tiles than there are hands
 #pragma unroll 1
-    for (uint32_t tile = tid_ / kTileThreads; tile < kTiles;
-         tile += KTraits::NUM_THREADS / kTileThreads) {
-      if (kinds[tile] == kCopy) continue;
-      const uint8_t* stage = ValueStage<kTiles>(tile);
-      role_codes_t codes[4];
-      flashinfer_detail::LoadValueCodes<HEAD_DIM, V_BITS>(stage, t, column, codes);
+    for (uint32_t first = tid_ / kTileThreads; first < kTiles; first += kBatch * kStep) {
+      role_codes_t codes[kBatch][4];
+      uint32_t scales[kBatch][4];
 #pragma unroll
-      for (int lane = 0; lane < 4; ++lane) {
-        const uint32_t token = flashinfer_detail::ValueToken<V_BITS>(t, lane);
-        const uint32_t row = tile * kTokens + token;
-        uint32_t scale = *reinterpret_cast<const uint16_t*>(
-            stage + (kLayout.scales - kLayout.v_base) + 4 * token + 2);
-        // tokens that were never written may have any scale, and their probability is 0
-        if (row >= rows) scale = 0;
-        const __half2 factor = __half2half2(__ushort_as_half(scale & 0x7fffu));
-        __half2 x[4];
-        flashinfer_detail::ExpandHalf<role_t::kValue, V_BITS>(codes[lane], levels, x);
+      for (uint32_t n = 0; n < kBatch; ++n) {
+        const uint8_t* stage = ValueStage<kTiles>(first + n * kStep);
+        flashinfer_detail::LoadValueCodes<HEAD_DIM, V_BITS>(stage, t, column, codes[n]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[j] = __hmul2(x[j], factor);
-        v_smem_[Place<KTraits>(row, column)] = Pack(x);
+        for (int lane = 0; lane < 4; ++lane) {
+          const uint32_t token = flashinfer_detail::ValueToken<V_BITS>(t, lane);
+          scales[n][lane] = *reinterpret_cast<const uint16_t*>(
+              stage + (kLayout.scales - kLayout.v_base) + 4 * token + 2);
+        }
+      }
+#pragma unroll
+      for (uint32_t n = 0; n < kBatch; ++n) {
+        const uint32_t tile = first + n * kStep;
+        const bool is_copy = kinds[tile] == kCopy;
+#pragma unroll
+        for (int lane = 0; lane < 4; ++lane) {
+          const uint32_t row = tile * kTokens + flashinfer_detail::ValueToken<V_BITS>(t, lane);
+          // tokens that were never written may have any scale, and their probability is 0
+          const uint32_t scale = row < rows ? scales[n][lane] & 0x7fffu : 0;
+          const __half2 factor = __half2half2(__ushort_as_half(scale));
+          __half2 x[4];
+          flashinfer_detail::ExpandHalf<role_t::kValue, V_BITS>(codes[n][lane], levels, x);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[j] = __hmul2(x[j], factor);
+          if (!is_copy) v_smem_[Place<KTraits>(row, column)] = Pack(x);
+        }
       }
     }
   }

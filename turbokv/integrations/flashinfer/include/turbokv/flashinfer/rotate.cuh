@@ -31,6 +31,7 @@ struct rotate_params_t {
 namespace flashinfer_detail {
 
 constexpr int kRotateWarps = 4;
+constexpr float kNothingSeen = -4.9e4f;
 
 template <int PADDED_DIM, bool INVERSE>
 __global__ void __launch_bounds__(kRotateWarps * 32)
@@ -74,7 +75,10 @@ __global__ void __launch_bounds__(kRotateWarps * 32)
       if (first + i < p.head_dim) StoreElement(p.outside, at + first + i, p.dtype, value);
     }
     if (p.lse_outside != nullptr && lane == 0) {
-      p.lse_outside[token * p.lse_stride_n + head * p.lse_stride_h] = p.lse[vector];
+      // FlashInfer's infinity is 5e4; of what saw no token, callers want the real one
+      const float lse = p.lse[vector];
+      p.lse_outside[token * p.lse_stride_n + head * p.lse_stride_h] =
+          lse <= kNothingSeen ? __int_as_float(0xff800000) : lse;
     }
   } else {
 #pragma unroll
