@@ -55,8 +55,8 @@ def config(**changes: Any) -> Any:
     return found
 
 
-def drafting(count: int, parallel: bool = False) -> Any:
-    return SimpleNamespace(num_speculative_tokens=count, parallel_drafting=parallel)
+def drafting(count: int, parallel: bool = False, method: str = "eagle") -> Any:
+    return SimpleNamespace(num_speculative_tokens=count, parallel_drafting=parallel, method=method)
 
 
 def test_a_plain_configuration_passes() -> None:
@@ -81,6 +81,7 @@ def test_a_plain_configuration_passes() -> None:
             "attention_backend: wanted TURBOKV or none, got FLASH_ATTN",
         ),
         ({"speculative_config": drafting(8)}, "num_speculative_tokens: wanted at most 7 .*got 8"),
+        ({"speculative_config": drafting(7, method="draft_model")}, "a draft model reads one more"),
         ({"speculative_config": drafting(4, True)}, "parallel drafting counts twice.*got 4"),
         (
             {

@@ -45,13 +45,33 @@ def _model(config: Any) -> Iterator[str]:
         yield f"head_dim: wanted {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
 
 
+def extra_draft_tokens(config: Any) -> int:
+    """Return how many tokens a drafter's first pass adds to every row of the step before it.
+
+    A draft model of its own reads the sampled token besides; a drafter that is fed hidden states
+    (EAGLE, MTP) has it in the place of the row's first. In parallel it drafts in the same pass.
+    """
+    speculative = config.speculative_config
+    if speculative is None or not speculative.num_speculative_tokens:
+        return 0
+    parallel = getattr(speculative, "parallel_drafting", False)
+    read = int(speculative.num_speculative_tokens) if parallel else 1
+    return read if speculative.method == "draft_model" else read - 1
+
+
 def max_decode_queries(config: Any) -> int:
-    """Return the most queries of one request in a step of pure decoding: 1, and the drafts."""
+    """Return the most queries of one request in a step of pure decoding, a drafter's included.
+
+    One, the drafts, and what a drafter reads besides; where it drafts in parallel vLLM takes rows
+    of one and twice the drafts for decodes.
+    """
     speculative = config.speculative_config
     if speculative is None or speculative.num_speculative_tokens is None:
         return 1
     drafts = int(speculative.num_speculative_tokens)
-    return 1 + (2 * drafts if getattr(speculative, "parallel_drafting", False) else drafts)
+    if getattr(speculative, "parallel_drafting", False):
+        return 1 + 2 * drafts
+    return 1 + drafts + extra_draft_tokens(config)
 
 
 def _speculation(config: Any, options: Options) -> Iterator[str]:
@@ -59,7 +79,8 @@ def _speculation(config: Any, options: Options) -> Iterator[str]:
     if queries > MAX_DECODE_QUERIES:
         yield (
             f"num_speculative_tokens: wanted at most {MAX_DECODE_QUERIES - 1} (the decode kernel"
-            f" verifies {MAX_DECODE_QUERIES} tokens at a time; parallel drafting counts twice),"
+            f" takes {MAX_DECODE_QUERIES} tokens of a request at a time; a draft model reads one"
+            " more, and parallel drafting counts twice),"
             f" got {config.speculative_config.num_speculative_tokens}"
         )
     if queries > 1 and options.decode == "decompress":

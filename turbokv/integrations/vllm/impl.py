@@ -116,7 +116,10 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
         name, _ = compat.own_layer(self, self.vllm_config)
         calibration = Calibration.load(path)
         check_calibration(calibration, self.kv_cache_dtype)
-        layer = calibration.layer(compat.layer_index(name))
+        # a draft model of its own numbers its layers anew: the file is not about those
+        layer = None
+        if not compat.is_draft_layer(name):
+            layer = calibration.layer(compat.layer_index(name))
         if layer is None:
             return
         if not self._is_calibrated:

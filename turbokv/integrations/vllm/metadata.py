@@ -18,8 +18,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from turbokv.integrations.vllm import metrics, scratch
-from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES
+from turbokv.integrations.vllm import compat, metrics, scratch
+from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES, extra_draft_tokens
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, slices, workspace_floor
 from turbokv.integrations.vllm.window import RecentWindow
@@ -140,6 +140,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             self.options.workspace_tokens,
             workspace_floor(self.max_num_tokens, self.sliding_window),
         )
+        self.extra_draft_tokens = extra_draft_tokens(vllm_config)
         self._window: RecentWindow | None = None
         self._flashinfer: Any = None
         layers = self._layers()
@@ -179,12 +180,28 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         """Build the metadata of a step (vLLM calls this by keyword)."""
         return self._build(common_attn_metadata, refresh=True)
 
-    def _build(self, cam: CommonAttentionMetadata, *, refresh: bool) -> TurboKVMetadata:
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TurboKVMetadata:
+        """Build the metadata of a drafter's pass (vLLM calls this by keyword).
+
+        In its first pass rows are those of the step that was just verified, rejected drafts and
+        all, and longer by what the drafter reads besides. Rows of verification stay decodes: only
+        the device knows how many tokens they really have.
+        """
+        extra = self.extra_draft_tokens if draft_index == 0 else 0
+        cam = compat.first_draft_metadata(common_attn_metadata, extra)
+        return self._build(cam, refresh=True, extra_queries=extra)
+
+    def _build(
+        self, cam: CommonAttentionMetadata, *, refresh: bool, extra_queries: int = 0
+    ) -> TurboKVMetadata:
         if cam.causal is not True:
             raise ValueError(f"causal: wanted True, got {cam.causal!r}")
         assert self.reorder_batch_threshold is not None
+        most = min(self.reorder_batch_threshold + extra_queries, MAX_DECODE_QUERIES)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-            cam, decode_threshold=self.reorder_batch_threshold
+            cam, decode_threshold=most
         )
         if self.options.decode == "decompress":
             num_decodes, num_prefills, num_decode_tokens = 0, cam.num_reqs, 0
