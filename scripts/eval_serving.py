@@ -11,12 +11,14 @@ prefix caching on. It is asked for
 - the KL divergence of its decode logits: passages of text are fed to it token by token (what it
   samples is replaced), after a real prefill of their beginning; once with a cold prefix cache, and
   once more when the beginning is found in it;
-- greedy answers to 50 prompts about pieces of text, and its log-probabilities of the 16-bit
-  engine's answers;
+- greedy answers to 50 prompts about pieces of text, compared with the 16-bit engine's up to where
+  they part, log-probabilities included (the first row answers twice, the second time from its
+  prefix cache: what differs between equal caches is arithmetic);
 - a code planted at five depths of contexts to 8K.
 
-``--transformers`` computes the same divergence with ``TurboKVCache`` in fp32, which is what the
-engine's is measured against. Activations are float16, whose rounding hides less than bfloat16's.
+``--transformers`` computes the same divergence, and the same comparison of greedy answers, with
+``TurboKVCache`` in fp32, which is what the engine's are measured against. Activations are float16,
+whose rounding hides less than bfloat16's.
 """
 
 from __future__ import annotations
@@ -30,75 +32,15 @@ import time
 from typing import Any
 
 import torch
+from _serving_expected import divergence, with_transformers
 from _serving_process import in_turn, wait_for_turn
+from _serving_texts import ANSWER, DECODE, PREFILL, agreement, needles, passages, prompts
 from bench_serving import options_of
 from torch import Tensor
 
 CONFIGS = "bf16,fp8,tq4,tq_k5v3,tq3,tq2"
-CONTEXTS = (1024, 2048, 4096, 7936)
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_PASSAGES, _PREFILL, _DECODE = 4, 512, 256
-_PROMPTS, _PIECE, _ANSWER = 50, 480, 48
-_CACHE_BYTES = 4 << 30
-_NEEDLE = "\n\nThe secret code of the blue warehouse is: {}.\n\n"
-_QUESTION = "\n\nThe secret code of the blue warehouse is:"
-_CODES = ("48213", "90517", "27364", "61985", "35072")
-_ASKED = (
-    "Summarise the text above in one sentence.",
-    "What is the text above about?",
-    "List three words that matter in the text above.",
-    "Explain the text above to a beginner.",
-    "Write a title for the text above.",
-)
-
-
-# --- texts ----------------------------------------------------------------------------------------
-
-
-def text_ids(tokenizer: Any) -> list[int]:
-    from turbokv.integrations.transformers.models import english_text
-
-    return list(tokenizer(english_text()).input_ids)
-
-
-def passages(tokenizer: Any) -> list[list[int]]:
-    """Return the passages that are fed token by token, spread over the text."""
-    ids = text_ids(tokenizer)
-    length = _PREFILL + _DECODE
-    stride = (len(ids) - length) // _PASSAGES
-    return [ids[i * stride : i * stride + length] for i in range(_PASSAGES)]
-
-
-def prompts(tokenizer: Any) -> list[list[int]]:
-    """Return chat prompts, each about its own piece of the text."""
-    ids = text_ids(tokenizer)
-    stride = (len(ids) - _PIECE) // _PROMPTS
-    found = []
-    for i in range(_PROMPTS):
-        piece = tokenizer.decode(ids[i * stride : i * stride + _PIECE])
-        message = f"{piece}\n\n{_ASKED[i % len(_ASKED)]}"
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-        found.append(list(tokenizer(text, add_special_tokens=False).input_ids))
-    return found
-
-
-def needles(tokenizer: Any) -> list[tuple[int, float, str, list[int]]]:
-    """Return (context, depth, code, prompt) of every cell of the grid."""
-
-    def plain(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    hay = text_ids(tokenizer)
-    found = []
-    for context in CONTEXTS:
-        for depth, code in zip(DEPTHS, _CODES, strict=True):
-            planted = plain(_NEEDLE.format(code))
-            at = int(depth * (context - len(planted)))
-            rest = hay[at : context - len(planted)]
-            found.append((context, depth, code, [*hay[:at], *planted, *rest, *plain(_QUESTION)]))
-    return found
+# 2% of it, the window's share, holds the newest tokens of all prompts at once
+_CACHE_BYTES = 16 << 30
 
 
 # --- one engine -----------------------------------------------------------------------------------
@@ -129,7 +71,7 @@ class Scorer:
             enable_prefix_caching=True,
             compilation_config={
                 "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_mode": "FULLDECODE_ONLY",
                 "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
             },
             seed=0,
@@ -167,32 +109,28 @@ class Scorer:
 
     def decode_logits(self, passage: list[int]) -> tuple[Tensor, int]:
         """Return log-probabilities ``[decode, vocab]`` of decode steps, and cached tokens."""
-        self.forced, self.logits = passage[_PREFILL:], []
+        self.forced, self.logits = passage[PREFILL:], []
         (output,) = self._generate(
-            [passage[:_PREFILL]], max_tokens=_DECODE, ignore_eos=True, detokenize=False
+            [passage[:PREFILL]], max_tokens=DECODE, ignore_eos=True, detokenize=False
         )
         fed = list(output.outputs[0].token_ids)
         self.forced = None
-        if fed != passage[_PREFILL:]:
+        if fed != passage[PREFILL:]:
             raise RuntimeError("the engine did not take the tokens that it was given")
         # the first logits come from the prefill, which attends to 16-bit keys and values
-        return torch.stack(self.logits[1:_DECODE]), int(output.num_cached_tokens or 0)
+        return torch.stack(self.logits[1:DECODE]), int(output.num_cached_tokens or 0)
 
-    def answers(self) -> list[list[int]]:
-        outputs = self._generate(prompts(self.tokenizer), max_tokens=_ANSWER, detokenize=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    def log_probabilities(self, answers: list[list[int]]) -> list[list[float]]:
-        """Return the log-probability of every token of given answers."""
-        asked = prompts(self.tokenizer)
-        whole = [[*prompt, *answer] for prompt, answer in zip(asked, answers, strict=True)]
-        outputs = self._generate(whole, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        found = []
-        for prompt, ids, output in zip(asked, whole, outputs, strict=True):
-            steps = output.prompt_logprobs[len(prompt) :]
-            tokens = ids[len(prompt) :]
-            found.append([step[t].logprob for step, t in zip(steps, tokens, strict=True)])
-        return found
+    def answers(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Return tokens of greedy answers, and the log-probability of each."""
+        outputs = self._generate(
+            prompts(self.tokenizer), max_tokens=ANSWER, logprobs=0, detokenize=False
+        )
+        found = [output.outputs[0] for output in outputs]
+        tokens = [list(one.token_ids) for one in found]
+        return tokens, [
+            [step[token].logprob for step, token in zip(one.logprobs, ids, strict=True)]
+            for one, ids in zip(found, tokens, strict=True)
+        ]
 
     def needle(self) -> list[dict[str, Any]]:
         cells = needles(self.tokenizer)
@@ -201,12 +139,6 @@ class Scorer:
             {"context": context, "depth": depth, "found": code in output.outputs[0].text}
             for (context, depth, code, _), output in zip(cells, outputs, strict=True)
         ]
-
-
-def divergence(reference: Tensor, ours: Tensor) -> tuple[float, float]:
-    """Return mean KL(reference || ours), and how often the top token agrees."""
-    kl = (reference.exp() * (reference - ours)).sum(-1).mean()
-    return float(kl), float((reference.argmax(-1) == ours.argmax(-1)).float().mean())
 
 
 def child(args: argparse.Namespace) -> None:
@@ -224,14 +156,15 @@ def child(args: argparse.Namespace) -> None:
         "cached_tokens": [min(c for _, c in cold), min(c for _, c in warm)],
         "needle": scorer.needle(),
     }
-    answers = scorer.answers()
+    answers, sureness = scorer.answers()
     if not reference_file.is_file():
         reference = {
             "logits": torch.stack([logits for logits, _ in cold]).cpu(),
             "answers": answers,
-            "log_probabilities": scorer.log_probabilities(answers),
+            "log_probabilities": sureness,
         }
         torch.save(reference, reference_file)
+        answers, sureness = scorer.answers()
     reference = torch.load(reference_file)
     for name, runs in (("cold", cold), ("prefix_hit", warm)):
         scores = [
@@ -240,19 +173,15 @@ def child(args: argparse.Namespace) -> None:
         ]
         result[f"kl_{name}"] = sum(kl for kl, _ in scores) / len(scores)
         result[f"top1_{name}"] = sum(top for _, top in scores) / len(scores)
-    result["answers_equal"] = sum(
-        a == b for a, b in zip(answers, reference["answers"], strict=True)
-    ) / len(answers)
-    result["tokens_agreeing"] = sum(
-        _agreeing(a, b) for a, b in zip(answers, reference["answers"], strict=True)
-    ) / sum(map(len, reference["answers"]))
-    ours = scorer.log_probabilities(reference["answers"])
-    pairs = [
-        (x, y)
-        for a, b in zip(ours, reference["log_probabilities"], strict=True)
-        for x, y in zip(a, b, strict=True)
+    result |= agreement(answers, reference["answers"])
+    errors = [
+        abs(x - y)
+        for count, ours, theirs in zip(
+            result["agreeing"], sureness, reference["log_probabilities"], strict=True
+        )
+        for x, y in zip(ours[:count], theirs[:count], strict=True)
     ]
-    result["log_probability_error"] = sum(abs(x - y) for x, y in pairs) / len(pairs)
+    result["log_probability_error"] = sum(errors) / len(errors)
     try:
         from turbokv.integrations.vllm.window import live_windows
 
@@ -264,61 +193,10 @@ def child(args: argparse.Namespace) -> None:
     os._exit(0)  # vLLM's shutdown takes seconds
 
 
-def _agreeing(a: list[int], b: list[int]) -> int:
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
-
-
-# --- the same with Transformers -------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def with_transformers(names: list[str], device: str) -> dict[str, float]:
-    """Return the mean KL of decode logits for each preset, with ``TurboKVCache`` in fp32."""
-    from transformers.cache_utils import DynamicCache
-
-    from turbokv.integrations.transformers.cache import TurboKVCache
-    from turbokv.integrations.transformers.models import load_model
-    from turbokv.integrations.vllm.dtypes import cache_widths
-
-    loaded = load_model(None, device=device)
-    model = loaded.model
-    ids = torch.tensor(passages(loaded.tokenizer), device=device)
-
-    def logits(cache: Any) -> Tensor:
-        model(input_ids=ids[:, :_PREFILL], past_key_values=cache, use_cache=True)
-        steps = []
-        for at in range(_PREFILL, _PREFILL + _DECODE - 1):
-            out = model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-            steps.append(out.logits[:, -1].float().log_softmax(-1))
-        return torch.stack(steps, 1)
-
-    reference = logits(DynamicCache(config=model.config))
-    found = {}
-    for name in names:
-        options = options_of(name)
-        chosen = options.get("additional_config", {}).get("turbokv", {})
-        k_bits, v_bits = cache_widths(options["kv_cache_dtype"])
-        window = {key: chosen[key] for key in ("window", "sinks") if key in chosen}
-        calibration = None
-        if "calibration" in chosen:
-            from turbokv.calibration import Calibration
-
-            calibration = Calibration.load(chosen["calibration"])
-        cache = TurboKVCache(model.config, k_bits, v_bits, calibration=calibration, **window)
-        found[name] = divergence(reference, logits(cache))[0]
-        print(f"{name}: KL {found[name]:.5f}", flush=True)
-    return found
-
-
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def run(configs: list[str], args: argparse.Namespace, expected: dict[str, float]) -> list[Any]:
+def run(configs: list[str], args: argparse.Namespace, expected: dict[str, Any]) -> list[Any]:
     """Score configurations, the first of which leaves the reference."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -341,28 +219,44 @@ def run(configs: list[str], args: argparse.Namespace, expected: dict[str, float]
     return results
 
 
-def table(results: list[dict[str, Any]], expected: dict[str, float]) -> str:
-    """Return a Markdown table, a row a configuration."""
+def table(results: list[dict[str, Any]], expected: dict[str, Any]) -> str:
+    """Return a Markdown table, a row a configuration; Transformers' own figures in parentheses."""
     lines = [
-        "| cache | KL, cold | KL, prefix hit | x Transformers' | top-1 | answers equal"
-        " | tokens agreeing | log-probability error | needles found |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| cache | KL, cold | KL, prefix hit | x Transformers' | top-1 | next token agrees"
+        " | first difference, median | answers equal | log-probability error | needles found |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    base: list[dict[str, Any]] = next((row["needle"] for row in results if row.get("needle")), [])
+    findable = {_place(cell) for cell in base if cell["found"]}
     for row in results:
         if "kl_cold" not in row:
-            lines.append(f"| {row['config']} | failed | | | | | | | |")
+            lines.append(f"| {row['config']} | failed | | | | | | | | |")
             continue
+        theirs = expected.get(row["config"], {})
+
+        def beside(key: str, form: str, theirs: dict[str, Any] = theirs) -> str:
+            return f" ({theirs[key]:{form}})" if key in theirs else ""
+
         ratio = ""
-        if expected.get(row["config"]):
-            base = expected[row["config"]]
-            ratio = f"{row['kl_cold'] / base:.2f}, {row['kl_prefix_hit'] / base:.2f}"
-        found = sum(cell["found"] for cell in row["needle"])
+        if theirs:
+            ratio = (
+                f"{row['kl_cold'] / theirs['kl']:.2f}, {row['kl_prefix_hit'] / theirs['kl']:.2f}"
+            )
+        found = sum(cell["found"] for cell in row["needle"] if _place(cell) in findable)
         lines.append(
             f"| {row['config']} | {row['kl_cold']:.5f} | {row['kl_prefix_hit']:.5f} | {ratio}"
-            f" | {row['top1_cold']:.4f} | {row['answers_equal']:.0%} | {row['tokens_agreeing']:.0%}"
-            f" | {row['log_probability_error']:.4f} | {found}/{len(row['needle'])} |"
+            f" | {row['top1_cold']:.3f}{beside('top1', '.3f')}"
+            f" | {row['next_token_agrees']:.3f}{beside('next_token_agrees', '.3f')}"
+            f" | {row['first_difference']:g}{beside('first_difference', 'g')}"
+            f" | {row['answers_equal']:.0%}{beside('answers_equal', '.0%')}"
+            f" | {row['log_probability_error']:.4f} | {found} of {len(findable)} |"
         )
+    lines.append(f"\nNeedles: of the {len(base)} planted, those that the first row finds.")
     return "\n".join(lines)
+
+
+def _place(cell: dict[str, Any]) -> tuple[int, float]:
+    return cell["context"], cell["depth"]
 
 
 def main() -> None:
@@ -373,6 +267,7 @@ def main() -> None:
     parser.add_argument("--models", type=pathlib.Path, default=pathlib.Path("/tmp/turbokv-models"))
     parser.add_argument("--transformers", type=pathlib.Path, help="compute what to expect, here")
     parser.add_argument("--device", default="cpu", help="where --transformers runs")
+    parser.add_argument("--prompts", type=int, help="answer so many only, for --transformers")
     parser.add_argument("--expected", type=pathlib.Path, help="what --transformers wrote")
     parser.add_argument("--timeout", type=float, default=180, help="seconds a configuration")
     parser.add_argument("--limit", type=float, default=1800, help="seconds altogether")
@@ -387,7 +282,8 @@ def main() -> None:
     configs = args.configs.split(",")
     if args.transformers is not None:
         ours = [name for name in configs if name.startswith("tq")]
-        args.transformers.write_text(json.dumps(with_transformers(ours, args.device), indent=2))
+        found = with_transformers(ours, args.device, args.prompts)
+        args.transformers.write_text(json.dumps(found, indent=2))
         return
     expected = json.loads(args.expected.read_text()) if args.expected is not None else {}
     from _serving_models import make
