@@ -77,6 +77,7 @@ class FlashInferPrefill:
         self.logits_soft_cap = logits_soft_cap
         self._float_workspace = float_workspace
         self._wrappers: list[Any] = []
+        self._copied: list[torch.cuda.Event] = []
         self._used = 0
 
     def start_step(self) -> None:
@@ -89,8 +90,12 @@ class FlashInferPrefill:
 
         if self._used == len(self._wrappers):
             self._wrappers.append(BatchPrefillWithPagedTurboKVCacheWrapper(self._float_workspace))
-        wrapper = self._wrappers[self._used]
+            self._copied.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
+        wrapper, copied = self._wrappers[self._used], self._copied[self._used]
         self._used += 1
+        # a plan goes to the device from a pinned buffer of the wrapper's: with asynchronous
+        # scheduling the last step's may not have left it yet
+        copied.synchronize()
         lens = [begin + kv for begin, kv in zip(group.begins, group.kv_lens, strict=True)]
         pages = [-(-n // self.page_size) for n in lens]
         indices = torch.cat([block_table[row, :count] for row, count in enumerate(pages)])
@@ -110,6 +115,7 @@ class FlashInferPrefill:
             window_left=self.window_left,
             logits_soft_cap=self.logits_soft_cap,
         )
+        copied.record()
         return wrapper
 
 
