@@ -13,7 +13,8 @@ for decode, so that they start in seconds.
 A configuration is a cache dtype of vLLM (``bf16`` for 16 bits), then options after ``+``:
 ``+flash_attn`` and other paths of TurboKV, ``+nowindow``, ``+calibration=FILE``, ``+defaults``
 (everything as ``vllm serve`` has it), ``+fa3`` (upstream's ``turboquant_*`` without the
-FlashAttention-2 that vLLM forces, for hosts that have only version 3).
+FlashAttention-2 that vLLM forces, for hosts that have only version 3). After ``:`` it may name
+cells of its own: ``int4_per_token_head:16x16K/1x120K``.
 """
 
 from __future__ import annotations
@@ -63,6 +64,16 @@ def options_of(name: str) -> dict[str, Any]:
     if ours:
         found["additional_config"] = {"turbokv": ours}
     return found
+
+
+def parse_config(text: str, cells: str) -> tuple[str, list[str]]:
+    """Return (name, cells) of an item of ``--configs``."""
+    name, _, own = text.partition(":")
+    options_of(name)
+    chosen = own.split("/") if own else cells.split(",")
+    for cell in chosen:
+        parse_cell(cell)
+    return name, chosen
 
 
 def parse_cell(text: str) -> tuple[str, int]:
@@ -267,23 +278,22 @@ def child(args: argparse.Namespace) -> None:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def run(configs: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(configs: list[tuple[str, list[str]]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run configurations; what went wrong with one is in its result."""
     results = []
-    cells = args.cells.split(",")
     with tempfile.TemporaryDirectory() as folder:
         files = [pathlib.Path(folder) / f"{number}.json" for number in range(len(configs))]
         commands = []
-        for name, file in zip(configs, files, strict=True):
+        for (name, cells), file in zip(configs, files, strict=True):
             command = [str(pathlib.Path(__file__).resolve()), "--child", name]
-            command += ["--result", str(file), "--model", args.model, "--cells", args.cells]
+            command += ["--result", str(file), "--model", args.model, "--cells", ",".join(cells)]
             command += ["--models", str(args.models), "--steps", str(args.steps)]
             command += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
             command += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
             commands.append((name, command))
         deadline = time.monotonic() + args.limit
         ended = in_turn(commands, timeout=args.timeout, deadline=deadline, logs=args.logs)
-        for process, file in zip(ended, files, strict=True):
+        for process, file, (_, cells) in zip(ended, files, configs, strict=True):
             found: dict[str, Any] = {"config": process.name, "cells": {}}
             if file.is_file():
                 found = json.loads(file.read_text())
@@ -351,15 +361,11 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cells = args.cells.split(",")
-    for cell in cells:
-        parse_cell(cell)
     if args.child:
         child(args)
         return
-    configs = args.configs.split(",")
-    for name in configs:
-        options_of(name)
+    configs = [parse_config(text, args.cells) for text in args.configs.split(",")]
+    cells = list(dict.fromkeys(cell for _, chosen in configs for cell in chosen))
     from _serving_models import make
 
     make(args.model, args.models)
