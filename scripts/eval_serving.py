@@ -40,7 +40,7 @@ from torch import Tensor
 
 CONFIGS = "bf16,fp8,tq4,tq_k5v3,tq3,tq2"
 # 2% of it, the window's share, holds the newest tokens of all prompts at once
-_CACHE_BYTES = 16 << 30
+_CACHE_BYTES = 10 << 30
 
 
 # --- one engine -----------------------------------------------------------------------------------

@@ -49,6 +49,8 @@ def engine(model: str, kv_cache_dtype: str = "auto", **overrides: Any) -> Iterat
             "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
         },
     }
+    if not on_cpu():
+        settings["gpu_memory_utilization"] = 0.1  # only asked for, as the cache's size is given
     if kv_cache_dtype == "auto":
         overrides.pop("turbokv", None)
     else:
