@@ -71,7 +71,7 @@ class Scorer:
             enable_prefix_caching=True,
             compilation_config={
                 "mode": 0,
-                "cudagraph_mode": "FULLDECODE_ONLY",
+                "cudagraph_mode": "FULL_DECODE_ONLY",
                 "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
             },
             seed=0,
