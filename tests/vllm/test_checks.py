@@ -25,7 +25,10 @@ def config(**changes: Any) -> Any:
     found = SimpleNamespace(
         additional_config={},
         cache_config=SimpleNamespace(
-            cache_dtype="tq4", kv_cache_dtype_skip_layers=[], block_size=16
+            cache_dtype="tq4",
+            kv_cache_dtype_skip_layers=[],
+            block_size=16,
+            enable_prefix_caching=True,
         ),
         model_config=Model(
             use_mla=False,
@@ -42,6 +45,7 @@ def config(**changes: Any) -> Any:
             prefill_context_parallel_size=1,
             enable_dbo=False,
         ),
+        scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=True),
         attention_config=SimpleNamespace(backend=None, use_non_causal=False),
         speculative_config=None,
         kv_transfer_config=None,

@@ -66,6 +66,7 @@ def test_options_are_read() -> None:
         ({"sinks": 17}, "turbokv.sinks: wanted at most 16, got 17"),
         ({"window_pool_fraction": 0.9}, "turbokv.window_pool_fraction: wanted 0 to 0.5, got 0.9"),
         ({"window_pool_fraction": "2%"}, "wanted a number, got '2%'"),
+        ({"recompute_window": 1}, "turbokv.recompute_window: wanted true or false, got 1"),
         ({"workspace_tokens": 100}, "turbokv.workspace_tokens: wanted a multiple of 16, got 100"),
         ({"skip_layers": "3"}, "turbokv.skip_layers: wanted a list .*, got '3'"),
         ({"skip_layers": ["full"]}, "turbokv.skip_layers: wanted a list .*, got 'full'"),

@@ -36,9 +36,10 @@ def check_and_update_config(vllm_config: Any) -> None:
     before any layer is made.
     """
     if is_turbokv(vllm_config.cache_config.cache_dtype):
-        from turbokv.integrations.vllm import checks
+        from turbokv.integrations.vllm import checks, prefix_hits
 
         checks.check_and_update(vllm_config)
+        prefix_hits.check_and_update(vllm_config)
 
 
 def token_page_bytes(vllm_config: Any) -> int:

@@ -45,6 +45,9 @@ class Options:
         Newest and first tokens of a request that are also kept in 16 bits; 0 and 0 keep none.
     window_pool_fraction
         Share of the cache's memory for those copies.
+    recompute_window
+        Whether the newest ``window`` tokens of a prompt are computed even if they are in the prefix
+        cache, so that they are in 16 bits; otherwise they are read compressed after such a hit.
     workspace_tokens
         Tokens of one layer that are expanded at a time; bounds the memory of prefill.
     skip_layers
@@ -58,6 +61,7 @@ class Options:
     window: int = 128
     sinks: int = 4
     window_pool_fraction: float = 0.02
+    recompute_window: bool = True
     workspace_tokens: int = 32_768
     skip_layers: tuple[str, ...] = ()
     calibration: str | None = None
@@ -81,6 +85,10 @@ class Options:
             raise TypeError(f"turbokv.window_pool_fraction: wanted a number, got {share!r}")
         if not 0 <= share <= 0.5:
             raise ValueError(f"turbokv.window_pool_fraction: wanted 0 to 0.5, got {share}")
+        if not isinstance(self.recompute_window, bool):
+            raise TypeError(
+                f"turbokv.recompute_window: wanted true or false, got {self.recompute_window!r}"
+            )
         if self.calibration is not None and not pathlib.Path(self.calibration).is_file():
             raise ValueError(
                 f"turbokv.calibration: wanted a file of `turbokv calibrate`,"

@@ -24,8 +24,10 @@ last was*. Rule 4 starts it so, :func:`turbokv.kernels.cuda.ops.store` writes th
 the codes as long as the map names it, and a tile that lost its slot cannot get one back, since its
 16-bit values are gone. So a prefix hit, a preempted and resumed request, a reordered batch and a
 rolled-back draft read what was stored, in 16 bits where a slot survived and compressed elsewhere.
-Pages that change without ``store`` (a KV connector's load, a wake from sleep) must be named to
-:meth:`RecentWindow.invalidate`, or :meth:`RecentWindow.clear` called.
+That the newest tokens of a prefix hit are in 16 bits is not left to which slots survived: they are
+computed anew (:mod:`turbokv.integrations.vllm.prefix_hits`). Pages that change without ``store``
+(a KV connector's load, a wake from sleep) must be named to :meth:`RecentWindow.invalidate`, or
+:meth:`RecentWindow.clear` called.
 
 Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes a layer
 (:func:`slot_bytes`); :func:`pool_slots` sizes the pool.

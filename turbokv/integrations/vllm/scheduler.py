@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers, whose prefix hits end before the 16-bit window (see :mod:`prefix_hits`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from turbokv.integrations.vllm.prefix_hits import recomputed_tokens, shorten_hits
+
+
+class WindowScheduler(Scheduler):  # type: ignore[misc]
+    """The scheduler of vLLM with shorter hits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tokens = recomputed_tokens(self.vllm_config)
+        if tokens:
+            coordinator = self.kv_cache_manager.coordinator
+            coordinator.find_longest_cache_hit = shorten_hits(
+                coordinator.find_longest_cache_hit, tokens
+            )
+
+
+class AsyncWindowScheduler(WindowScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The asynchronous scheduler of vLLM with shorter hits."""
