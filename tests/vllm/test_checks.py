@@ -47,6 +47,7 @@ def config(**changes: Any) -> Any:
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=True),
         attention_config=SimpleNamespace(backend=None, use_non_causal=False),
+        compilation_config=SimpleNamespace(splitting_ops_contain_kv_cache_update=lambda: True),
         speculative_config=None,
         kv_transfer_config=None,
     )
@@ -80,6 +81,10 @@ def test_a_plain_configuration_passes() -> None:
         ({"parallel_config__prefill_context_parallel_size": 2}, "prefill context parallelism"),
         ({"parallel_config__enable_dbo": True}, "dual-batch overlap is not supported"),
         ({"attention_config__use_non_causal": True}, "non-causal attention is not supported"),
+        (
+            {"compilation_config__splitting_ops_contain_kv_cache_update": lambda: False},
+            "compilation_config: wanted vllm::unified_kv_cache_update in splitting_ops",
+        ),
         (
             {"attention_config__backend": SimpleNamespace(name="FLASH_ATTN")},
             "attention_backend: wanted TURBOKV or none, got FLASH_ATTN",

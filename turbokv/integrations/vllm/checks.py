@@ -97,6 +97,16 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
             yield reason
         if config.model_config.get_head_size() > flashinfer_prefill.MAX_HEAD_DIM:
             yield f"turbokv.path='flashinfer' takes heads up to {flashinfer_prefill.MAX_HEAD_DIM}"
+    if (
+        options.keeps_window
+        and not config.compilation_config.splitting_ops_contain_kv_cache_update()
+    ):
+        yield (
+            "compilation_config: wanted vllm::unified_kv_cache_update in splitting_ops"
+            " (use_inductor_graph_partition leaves it out): pages would be written within piecewise"
+            " graphs, which know no step's 16-bit copies; or turn the copies off (window and sinks"
+            " 0)"
+        )
     if getattr(attention, "use_non_causal", False):
         yield "non-causal attention is not supported"
     skipped = {*options.skip_layers, *map(str, cache.kv_cache_dtype_skip_layers or ())}
