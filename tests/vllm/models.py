@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 VOCAB = 512
 # Large enough for attention to look at particular tokens, small enough for logits to stay sane.
 SPREAD = 0.04
+# Of keys, beside a spread of about 0.6.
+BIAS = 8.0
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 256,
@@ -30,6 +32,8 @@ TINY: dict[str, dict[str, Any]] = {
     "head64": {"model_type": "qwen3", "head_dim": 64, "num_hidden_layers": 4},
     "head256": {"model_type": "qwen3", "head_dim": 256, "num_hidden_layers": 2},
     "head96": {"model_type": "qwen3", "head_dim": 96, "num_hidden_layers": 4},
+    # keys with a large mean, as Qwen2's have: what calibration is for
+    "biased": {"model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 4},
     "mixed": {
         "model_type": "gemma3_text",
         "head_dim": 128,
@@ -74,6 +78,11 @@ def make_tiny(kind: str, folder: pathlib.Path, seed: int = 0) -> str:
 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.bfloat16)
+        if kind == "biased":
+            for layer in model.model.layers:
+                # where rotary embedding turns slowly, so that 256 keys have a mean to take off
+                bias = layer.self_attn.k_proj.bias.data.view(-1, 2, 32)
+                bias[:, :, 20:].normal_(std=BIAS)
         model.save_pretrained(folder)
         _no_dynamic_rope(folder)
     return str(folder)

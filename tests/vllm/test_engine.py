@@ -48,6 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("models")
 
 
+@pytest.fixture(params=["V1", "V2"] if not CPU else ["default"])
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both of vLLM's model runners, which build what a step's metadata is made of differently."""
+    if request.param != "default":
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(request.param == "V2")))
+    return str(request.param)
+
+
+both_runners = pytest.mark.usefixtures("runner")
+
+
 @functools.cache
 def reference_of(
     model: str, lengths: tuple[int, ...], seed: int, shared: int, max_tokens: int
@@ -78,6 +89,7 @@ def close(got: list[e.Answer], wanted: list[e.Answer], tolerance: float = TOLERA
 KINDS = ["dense", "head64", "head96", "head256", "mixed"]
 
 
+@both_runners
 @pytest.mark.parametrize("kind", [*KINDS, pytest.param("hybrid", marks=gpu_only)])
 def test_answers_are_those_of_a_16_bit_cache(kind: str, folder: pathlib.Path) -> None:
     model = models.make_tiny(kind, folder / kind)
@@ -86,6 +98,7 @@ def test_answers_are_those_of_a_16_bit_cache(kind: str, folder: pathlib.Path) ->
         close(e.ask(llm, requests, TOKENS), wanted)
 
 
+@both_runners
 def test_prefix_hits_of_mixed_lengths_in_one_batch(folder: pathlib.Path) -> None:
     model = models.make_tiny("dense", folder / "dense")
     lengths = (LONG, LONG // 2, LONG // 3, 90, 70)
@@ -99,6 +112,7 @@ def test_prefix_hits_of_mixed_lengths_in_one_batch(folder: pathlib.Path) -> None
         close(again, wanted)
 
 
+@both_runners
 def test_prefix_hits_keep_their_window(folder: pathlib.Path) -> None:
     model = models.make_tiny("dense", folder / "dense")
     lengths = (LONG, LONG // 2, LONG // 3, 90, 70)
@@ -109,6 +123,7 @@ def test_prefix_hits_keep_their_window(folder: pathlib.Path) -> None:
         close(e.ask(llm, requests, TOKENS), wanted)
 
 
+@both_runners
 def test_chunked_prefill_with_decodes_in_the_same_step(folder: pathlib.Path) -> None:
     model = models.make_tiny("dense", folder / "dense")
     requests, wanted = reference_of(model, (30, LONG, 17, LONG // 2, 64), 2, 0, TOKENS)
@@ -140,6 +155,26 @@ def test_paths_agree(kind: str, options: dict[str, Any], folder: pathlib.Path) -
         close(e.ask(llm, requests, TOKENS), wanted, 2 * TOLERANCE)  # fresh tokens as codes, too
 
 
+@gpu_only
+@pytest.mark.parametrize("window", [BARE, {"window": 128, "sinks": 4}], ids=["bare", "window"])
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+def test_the_flashinfer_path_agrees(
+    kind: str, window: dict[str, Any], folder: pathlib.Path
+) -> None:
+    from turbokv.integrations.vllm.flashinfer_prefill import why_unavailable
+
+    reason = why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    model = models.make_tiny(kind, folder / kind)
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    options = {**window, "path": "flashinfer"}
+    # widths whose module is likely to be built ahead of time
+    with run(model, "tq_k5v3", turbokv=options) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted, 2 * TOLERANCE)
+
+
+@both_runners
 def test_preempted_requests_resume(folder: pathlib.Path) -> None:
     model = models.make_tiny("dense", folder / "dense")
     lengths = (LONG // 3,) * 6
@@ -183,11 +218,33 @@ def test_speculation_by_a_draft_model(is_own: bool, folder: pathlib.Path) -> Non
 def test_skipped_layers_stay_in_16_bits(folder: pathlib.Path) -> None:
     if CPU:
         pytest.skip("the CPU platform has one backend for all layers")
-    for kind, skip in (("dense", [0, 3]), ("mixed", ["sliding_window"]), ("mixed", [2])):
+    for kind, skip in (("dense", [0, 3]), ("mixed", ["sliding_window"]), ("mixed", [0])):
         model = models.make_tiny(kind, folder / kind)
         requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
         with run(model, turbokv={**BARE, "skip_layers": skip}) as llm:
             close(e.ask(llm, requests, TOKENS), wanted)
+
+
+def test_keys_are_centred_by_a_calibration_file(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from turbokv.integrations.transformers.calibrate import calibrate
+
+    model = models.make_tiny("biased", folder / "biased")
+    file = tmp_path / "calibration.safetensors"
+    # a random model's keys are as good as its tokens
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    calibrate(loaded.eval(), tokens=2048).save(file)
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    errors = []
+    for options in (BARE, {**BARE, "calibration": str(file)}):
+        with run(model, "tq4", turbokv=options) as llm:
+            found = e.compare(e.ask(llm, requests, TOKENS), wanted)
+        print(found)
+        errors.append(found.error)
+    assert errors[1] < 0.6 * errors[0]
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 16])
