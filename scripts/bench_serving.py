@@ -55,7 +55,7 @@ def options_of(name: str) -> dict[str, Any]:
             ours.update(window=0, sinks=0)
         elif key == "decompress":
             ours["decode"] = "decompress"
-        elif key in ("calibration", "window", "window_pool_fraction") and value:
+        elif key in ("calibration", "window", "window_pool_fraction", "recompute_window") and value:
             ours[key] = value if key == "calibration" else json.loads(value)
         elif key in ("defaults", "fa3"):
             found[key] = True

@@ -154,17 +154,16 @@ def child(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {
         "config": args.child,
         "cached_tokens": [min(c for _, c in cold), min(c for _, c in warm)],
-        "needle": scorer.needle(),
     }
-    answers, sureness = scorer.answers()
-    if not reference_file.is_file():
-        reference = {
-            "logits": torch.stack([logits for logits, _ in cold]).cpu(),
-            "answers": answers,
-            "log_probabilities": sureness,
-        }
-        torch.save(reference, reference_file)
+    if not args.kl_only:
+        result["needle"] = scorer.needle()
         answers, sureness = scorer.answers()
+    if not reference_file.is_file():
+        reference: dict[str, Any] = {"logits": torch.stack([logits for logits, _ in cold]).cpu()}
+        if not args.kl_only:
+            reference |= {"answers": answers, "log_probabilities": sureness}
+            answers, sureness = scorer.answers()
+        torch.save(reference, reference_file)
     reference = torch.load(reference_file)
     for name, runs in (("cold", cold), ("prefix_hit", warm)):
         scores = [
@@ -173,15 +172,16 @@ def child(args: argparse.Namespace) -> None:
         ]
         result[f"kl_{name}"] = sum(kl for kl, _ in scores) / len(scores)
         result[f"top1_{name}"] = sum(top for _, top in scores) / len(scores)
-    result |= agreement(answers, reference["answers"])
-    errors = [
-        abs(x - y)
-        for count, ours, theirs in zip(
-            result["agreeing"], sureness, reference["log_probabilities"], strict=True
-        )
-        for x, y in zip(ours[:count], theirs[:count], strict=True)
-    ]
-    result["log_probability_error"] = sum(errors) / len(errors)
+    if not args.kl_only:
+        result |= agreement(answers, reference["answers"])
+        errors = [
+            abs(x - y)
+            for count, ours, theirs in zip(
+                result["agreeing"], sureness, reference["log_probabilities"], strict=True
+            )
+            for x, y in zip(ours[:count], theirs[:count], strict=True)
+        ]
+        result["log_probability_error"] = sum(errors) / len(errors)
     try:
         from turbokv.integrations.vllm.window import live_windows
 
@@ -205,6 +205,8 @@ def run(configs: list[str], args: argparse.Namespace, expected: dict[str, Any]) 
             (name, [script, "--child", name, "--folder", folder, "--models", str(args.models)])
             for name in configs
         ]
+        if args.kl_only:
+            commands = [(name, [*command, "--kl-only"]) for name, command in commands]
         deadline = time.monotonic() + args.limit
         for process in in_turn(commands, timeout=args.timeout, deadline=deadline, logs=args.logs):
             file = pathlib.Path(folder) / f"{process.name}.json"
@@ -242,16 +244,22 @@ def table(results: list[dict[str, Any]], expected: dict[str, Any]) -> str:
             ratio = (
                 f"{row['kl_cold'] / theirs['kl']:.2f}, {row['kl_prefix_hit'] / theirs['kl']:.2f}"
             )
-        found = sum(cell["found"] for cell in row["needle"] if _place(cell) in findable)
-        lines.append(
+        line = (
             f"| {row['config']} | {row['kl_cold']:.5f} | {row['kl_prefix_hit']:.5f} | {ratio}"
             f" | {row['top1_cold']:.3f}{beside('top1', '.3f')}"
-            f" | {row['next_token_agrees']:.3f}{beside('next_token_agrees', '.3f')}"
+        )
+        if "needle" not in row:
+            lines.append(f"{line} | | | | | |")
+            continue
+        found = sum(cell["found"] for cell in row["needle"] if _place(cell) in findable)
+        lines.append(
+            f"{line} | {row['next_token_agrees']:.3f}{beside('next_token_agrees', '.3f')}"
             f" | {row['first_difference']:g}{beside('first_difference', 'g')}"
             f" | {row['answers_equal']:.0%}{beside('answers_equal', '.0%')}"
             f" | {row['log_probability_error']:.4f} | {found} of {len(findable)} |"
         )
-    lines.append(f"\nNeedles: of the {len(base)} planted, those that the first row finds.")
+    if base:
+        lines.append(f"\nNeedles: of the {len(base)} planted, those that the first row finds.")
     return "\n".join(lines)
 
 
@@ -269,6 +277,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where --transformers runs")
     parser.add_argument("--prompts", type=int, help="answer so many only, for --transformers")
     parser.add_argument("--expected", type=pathlib.Path, help="what --transformers wrote")
+    parser.add_argument("--kl-only", action="store_true", help="no answers and no needles")
     parser.add_argument("--timeout", type=float, default=180, help="seconds a configuration")
     parser.add_argument("--limit", type=float, default=1800, help="seconds altogether")
     parser.add_argument("--json", type=pathlib.Path, help="write the results here")
