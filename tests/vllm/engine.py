@@ -123,6 +123,14 @@ def ask(
     return [_answer(output) for output in outputs]
 
 
+def cached_tokens(llm: Any, requests: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many tokens of each prompt are found in the prefix cache."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": list(ids)} for ids in requests], _greedy(1), use_tqdm=False
+    )
+    return [int(output.num_cached_tokens) for output in outputs]
+
+
 def _greedy(max_tokens: int, **sampling: Any) -> Any:
     from vllm import SamplingParams
 

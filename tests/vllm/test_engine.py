@@ -19,6 +19,7 @@ import torch
 
 from tests.vllm import engine as e
 from tests.vllm import models
+from turbokv.integrations.vllm.window import live_windows
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -121,6 +122,34 @@ def test_prefix_hits_keep_their_window(folder: pathlib.Path) -> None:
     with run(model, enable_prefix_caching=True, turbokv=window) as llm:
         close(e.ask(llm, requests, TOKENS), wanted)
         close(e.ask(llm, requests, TOKENS), wanted)
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "recompute"), [(True, True), (False, True), (False, False)]
+)
+def test_hits_leave_no_token_of_the_window_compressed(
+    asynchronous: bool, recompute: bool, folder: pathlib.Path
+) -> None:
+    model = models.make_tiny("dense", folder / "dense")
+    length, newest = 150, 32
+    requests = e.prompts((length,), models.VOCAB, 1)
+    turbokv = {"window": newest, "window_pool_fraction": 0.02, "recompute_window": recompute}
+    settings = {"enable_prefix_caching": True, "async_scheduling": asynchronous}
+    with run(model, "tq2", turbokv=turbokv, **settings) as llm:
+        # enough new tokens for those of the prompt to leave the window, and so their copies
+        cold = e.ask(llm, requests, newest + 16)
+        window = live_windows()[-1]
+        before = window.metrics().compressed
+        hit = e.ask(llm, requests, TOKENS)
+        compressed = window.metrics().compressed - before
+        cached = e.cached_tokens(llm, requests)
+    # with vLLM's own scheduler only the last token has to be computed, and the page that it is in
+    computed = newest if recompute else 1
+    assert cached == [(length - computed) // 16 * 16]
+    assert (compressed == 0) == recompute
+    if recompute:
+        # those before the window are read compressed now, by the tokens that are computed anew
+        close(hit, [e.Answer(a.tokens[:TOKENS], a.top[:TOKENS]) for a in cold])
 
 
 @both_runners
