@@ -84,15 +84,15 @@ def plan(
     """
     groups: list[Group] = []
     pending: list[tuple[int, int, int]] = []
-    first = 0
+    first = pending_kv = 0
 
     def flush(upto: int) -> None:
-        nonlocal first
+        nonlocal first, pending_kv
         if pending:
             q, begins, kv = zip(*pending, strict=True)
             groups.append(Group(first, upto, q, begins, kv))
             pending.clear()
-        first = upto
+        first, pending_kv = upto, 0
 
     for row, (q_len, seq_len) in enumerate(zip(q_lens, seq_lens, strict=True)):
         context = seq_len - q_len
@@ -114,10 +114,11 @@ def plan(
         is_fresh = context == 0
         if pending and (
             is_fresh != (pending[-1][0] == pending[-1][2])
-            or (not is_fresh and sum(kv for _, _, kv in pending) + kv_len > capacity)
+            or (not is_fresh and pending_kv + kv_len > capacity)
         ):
             flush(row)
         pending.append((q_len, begin, kv_len))
+        pending_kv += kv_len
     flush(len(q_lens))
     return tuple(groups)
 
