@@ -34,6 +34,8 @@ def answers(model: str, ranks: int, options: dict[str, Any]) -> list[e.Answer]:
         settings |= {"enforce_eager": True, "block_size": 16, "kv_cache_memory_bytes": 1 << 27}
     if ranks > 1:
         settings |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
+        if CPU:
+            settings["worker_cls"] = "tests.vllm.cpu_worker.Worker"
     with e.engine(model, "tq_k5v3", **settings) as llm:
         return e.ask(llm, e.prompts(LENGTHS, models.VOCAB), TOKENS)
 
