@@ -210,7 +210,10 @@ def _notes(
         if "index_head_dim" in config:
             yield "the keys of the sparse indexer are not counted"
     if "sliding" in kinds:
-        yield "sliding-window layers hold at most their window, and TurboKV leaves them in 16 bits"
+        yield (
+            "sliding-window layers hold at most their window; counted in 16 bits, as the"
+            " Transformers cache keeps them (the vLLM backend compresses them too)"
+        )
     if any(group.kind == "full" and not group.is_compressible for group in groups):
         yield "no TurboKV pages for heads of 32 or less, nor for keys and values of different sizes"
     if kinds <= {"sliding", "linear"}:
