@@ -247,7 +247,7 @@ struct worker_t {
  */
 template <int PADDED_DIM, int PER_LANE, typename DTypeIn>
 __global__ void __launch_bounds__(config_t<PADDED_DIM, PER_LANE>::kWarps * 32,
-                                  PER_LANE == 32 ? 3 : 4)
+                                  PER_LANE == 32 ? 2 : 4)
     StoreKernel(const __grid_constant__ store_params_t params) {
   using C = config_t<PADDED_DIM, PER_LANE>;
   __shared__ alignas(16) uint32_t table[kNumCells * 32];
