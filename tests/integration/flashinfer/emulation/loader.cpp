@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tile loader run by g++, a thread of the host for a thread of the block: the calls that the
-// patched prefill kernel makes for one chunk of KV, and its barriers. Copies that are asynchronous
-// on a GPU arrive at once here. For tests/integration/flashinfer.
+// patched prefill kernel makes for one chunk of KV, its barriers, and its groups of copies. For
+// tests/integration/flashinfer.
 #include <cuda_fp16.h>
 #include <pthread.h>
 
@@ -46,6 +46,11 @@ struct alignas(16) storage_t {
   uint16_t v_smem[TILE_KV * HEAD_DIM];
 };
 
+struct smem_t {
+  uint16_t* base;
+  explicit smem_t(uint8_t* place) : base(reinterpret_cast<uint16_t*>(place)) {}
+};
+
 template <int HEAD_DIM>
 void Dump(const uint16_t* smem, int rows, uint16_t* out) {
   for (int row = 0; row < rows; ++row) {
@@ -58,7 +63,8 @@ void Dump(const uint16_t* smem, int rows, uint16_t* out) {
   }
 }
 
-template <int HEAD_DIM, int K_BITS, int V_BITS, int TILE_KV>
+template <int HEAD_DIM, int K_BITS, int V_BITS, int TILE_KV,
+          int STEPS = HEAD_DIM / 16 * TILE_KV / 16>
 void Run(const params_t& params, int head, int start, int end, uint16_t* k, uint16_t* v) {
   using Loader = KVTileLoader<HEAD_DIM, K_BITS, V_BITS, params_t>;
   using Traits = traits_t<TILE_KV>;
@@ -69,20 +75,23 @@ void Run(const params_t& params, int head, int start, int end, uint16_t* k, uint
   Storage& storage = *reinterpret_cast<Storage*>(memory.data());
   auto thread = [&](uint32_t tid) {
     Loader loader(params, storage, 0, head, start, end, tid);
-    loader.template load<Traits, false>(0);
-    loader.template load<Traits, true>(0);
+    namespace cp = flashinfer::cp_async;
+    loader.template begin<Traits>();
     for (int iter = 0; start + iter * TILE_KV < end; ++iter) {
+      cp::wait_group<1>();
       __syncthreads();
-      loader.template finish<Traits, false>(iter);
-      if (tid == 0) Dump<HEAD_DIM>(storage.k_smem, TILE_KV, k + iter * TILE_KV * HEAD_DIM);
-      __syncthreads();
-      loader.template load<Traits, false>(iter + 1);
-      __syncthreads();
-      loader.template finish<Traits, true>(iter);
-      if (tid == 0) Dump<HEAD_DIM>(storage.v_smem, TILE_KV, v + iter * TILE_KV * HEAD_DIM);
-      __syncthreads();
-      loader.template load<Traits, true>(iter + 1);
+      smem_t k_smem(nullptr), v_smem(nullptr);
+      loader.template next<Traits>(iter, k_smem, v_smem);
+      if (tid == 0) {
+        Dump<HEAD_DIM>(k_smem.base, TILE_KV, k + iter * TILE_KV * HEAD_DIM);
+        Dump<HEAD_DIM>(v_smem.base, TILE_KV, v + iter * TILE_KV * HEAD_DIM);
+      }
+      auto filler = loader.template filler<Traits>(iter + 1);
+      cp::commit_group();
+      for (int i = 0; i < STEPS; ++i) filler.step(i, STEPS);
+      cp::commit_group();
     }
+    cp::wait_group<0>();
   };
   pthread_barrier_init(&barrier, nullptr, Traits::NUM_THREADS);
   std::vector<std::thread> block;
@@ -112,11 +121,14 @@ extern "C" int Emulate(int head_dim, int k_bits, int v_bits, int tile_kv, const 
   static const int32_t kNoOffset = 0;
   params_t params = {
       {{static_cast<uint32_t>(page_size)}, static_cast<uint32_t>(num_heads), indices, &kNoOffset},
-      {pages, page_stride, head_stride, tile_slots, reinterpret_cast<const __half*>(window),
-       k_offset, Codebook(k_bits, k_frac_bits, k_magnitudes),
-       Codebook(v_bits, v_frac_bits, v_magnitudes)}};
+      {pages, static_cast<uint32_t>(page_stride / 16), static_cast<uint32_t>(head_stride / 16),
+       tile_slots, reinterpret_cast<const __half*>(window), k_offset}};
+  const codebook_t k_book = Codebook(k_bits, k_frac_bits, k_magnitudes);
+  const codebook_t v_book = Codebook(v_bits, v_frac_bits, v_magnitudes);
 #define TURBOKV_CASE(DIM, K, V)                                                        \
   if (head_dim == DIM && k_bits == K && v_bits == V) {                                 \
+    params.tiles.k_levels = flashinfer_detail::MakeLevels<K>(k_book);                  \
+    params.tiles.v_levels = flashinfer_detail::MakeLevels<V>(v_book);                  \
     if (tile_kv == 32) return Run<DIM, K, V, 32>(params, head, start, end, k, v), 0;   \
     if (tile_kv == 128) return Run<DIM, K, V, 128>(params, head, start, end, k, v), 0; \
   }

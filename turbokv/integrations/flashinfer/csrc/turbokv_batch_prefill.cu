@@ -138,16 +138,20 @@ void TurboKVBatchPrefillRun(TensorView float_workspace, TensorView int_workspace
   params.lse = lse.has_value() ? static_cast<float*>(lse_scratch.value().data_ptr()) : nullptr;
   params.group_size = uint_fastdiv(num_qo_heads / num_kv_heads);
   params.tiles.pages = static_cast<const uint8_t*>(pages.data_ptr());
-  params.tiles.page_stride = pages.stride(0);
-  params.tiles.head_stride = pages.stride(1);
+  TVM_FFI_ICHECK(pages.stride(0) % 16 == 0 && pages.stride(0) / 16 <= UINT32_MAX);
+  TVM_FFI_ICHECK(pages.stride(1) % 16 == 0 && pages.stride(1) / 16 <= UINT32_MAX);
+  params.tiles.page_stride = static_cast<uint32_t>(pages.stride(0) / 16);
+  params.tiles.head_stride = static_cast<uint32_t>(pages.stride(1) / 16);
   params.tiles.tile_slots =
       tile_slots.has_value() ? static_cast<const int32_t*>(tile_slots.value().data_ptr()) : nullptr;
   params.tiles.window =
       window.has_value() ? static_cast<const half*>(window.value().data_ptr()) : nullptr;
   params.tiles.k_offset =
       k_offset.has_value() ? static_cast<const float*>(k_offset.value().data_ptr()) : nullptr;
-  params.tiles.k_codebook = ReadCodebook(k_format, K_BITS);
-  params.tiles.v_codebook = ReadCodebook(v_format, V_BITS);
+  params.tiles.k_levels =
+      turbokv::flashinfer_detail::MakeLevels<K_BITS>(ReadCodebook(k_format, K_BITS));
+  params.tiles.v_levels =
+      turbokv::flashinfer_detail::MakeLevels<V_BITS>(ReadCodebook(v_format, V_BITS));
   params.sm_scale = static_cast<float>(sm_scale);
   params.logits_soft_cap = static_cast<float>(logits_soft_cap);
   params.num_qo_heads = num_qo_heads;

@@ -52,7 +52,7 @@ enum class bytes_t {
  *  2 and 3 bits: a holds the levels of the 4 or 8 codes.
  */
 template <int BITS, bytes_t BYTES>
-__device__ __forceinline__ table_t MakeTable(const codebook_t& codebook) {
+TURBOKV_HOST_DEVICE table_t MakeTable(const codebook_t& codebook) {
   uint32_t words[4] = {0, 0, 0, 0};
   constexpr int kHalf = 1 << (BITS - 1);
 #pragma unroll

@@ -16,16 +16,15 @@
 namespace turbokv {
 namespace flashinfer_detail {
 
-/*! \brief What turns codes of a role into fp16 levels; 32 bytes, kept in shared memory. */
+/*! \brief What turns codes of a role into fp16 levels; part of a kernel's parameters. */
 struct levels_t {
   table_t table;      // of bytes: levels + 128; magnitudes at 5 bits; unused at 8
   uint32_t exponent;  // four equal bytes that, above a byte b, make the fp16 number 2^-f (1024 + b)
   uint32_t offset;    // two fp16 numbers: 2^-f times 1152, or 1024 where bytes are magnitudes
-  uint32_t unused[2];
 };
 
 template <int BITS>
-__device__ __forceinline__ levels_t MakeLevels(const codebook_t& codebook) {
+TURBOKV_HOST_DEVICE levels_t MakeLevels(const codebook_t& codebook) {
   levels_t levels = {};
   if constexpr (BITS != 8) levels.table = MakeTable<BITS, bytes_t::kOffset128>(codebook);
   // 2^-f (1024 + b) is exact, and so is the difference: a level is an integer times 2^-f.
@@ -43,19 +42,23 @@ struct codes_t {
   uint32_t high;
 };
 
-/*! \brief Levels of eight codes as four pairs of fp16, in the order of the coordinates: exact. */
-template <role_t ROLE, int BITS>
-__device__ __forceinline__ void ExpandHalf(const codes_t& codes, const levels_t& levels,
-                                           __half2 (&x)[4]) {
-  using ptx::Permute;
+/*! \brief Levels of eight codes as bytes, before they are widened. */
+struct bytes8_t {
   uint32_t bytes[2];  // coordinates 0..3 and 4..7
+  uint32_t signs;     // at 5 bits: bit 2 i or i of either half says whether a level is positive
+};
+
+template <role_t ROLE, int BITS>
+__device__ __forceinline__ bytes8_t LookUp(const codes_t& codes, const levels_t& levels) {
+  using ptx::Permute;
+  bytes8_t x = {};
   if constexpr (BITS == 4 || BITS == 5) {
     const uint32_t w = codes.base[0], flipped = w ^ 0x88888888u;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t a = Permute(levels.table.a0, levels.table.a1, w >> (16 * i));
       const uint32_t b = Permute(levels.table.b0, levels.table.b1, flipped >> (16 * i));
-      bytes[i] = a ^ b;  // at 5 bits one of them is zero
+      x.bytes[i] = a ^ b;  // at 5 bits one of them is zero
     }
   } else if constexpr (BITS == 2 || BITS == 3) {
     uint32_t low[2] = {codes.base[0] & 0x3333u, codes.base[0] >> 2 & 0x3333u};
@@ -67,28 +70,40 @@ __device__ __forceinline__ void ExpandHalf(const codes_t& codes, const levels_t&
     }
     const uint32_t even = Permute(levels.table.a0, levels.table.a1, low[0]);
     const uint32_t odd = Permute(levels.table.a0, levels.table.a1, low[1]);
-    bytes[0] = Permute(even, odd, 0x5140);
-    bytes[1] = Permute(even, odd, 0x7362);
+    x.bytes[0] = Permute(even, odd, 0x5140);
+    x.bytes[1] = Permute(even, odd, 0x7362);
   } else {
-    bytes[0] = codes.base[0];  // code 128 is zero
-    bytes[1] = codes.base[1];
+    x.bytes[0] = codes.base[0];  // code 128 is zero
+    x.bytes[1] = codes.base[1];
   }
-  uint32_t signs = 0;  // at 5 bits: bit 2 i or i of either half says whether a level is positive
   if constexpr (BITS == 5) {
-    signs = ROLE == role_t::kKey ? Permute(codes.high, 0, 0x4140) : codes.high | codes.high << 15;
+    x.signs = ROLE == role_t::kKey ? Permute(codes.high, 0, 0x4140) : codes.high | codes.high << 15;
   }
+  return x;
+}
+
+/*! \brief The same levels as four pairs of fp16, in the order of the coordinates: exact. */
+template <role_t ROLE, int BITS>
+__device__ __forceinline__ void Widen(const bytes8_t& from, const levels_t& levels,
+                                      __half2 (&x)[4]) {
   const __half2 offset = *reinterpret_cast<const __half2*>(&levels.offset);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t wide = Permute(bytes[i / 2], levels.exponent, i % 2 == 0 ? 0x4140 : 0x4342);
+    const uint32_t wide =
+        ptx::Permute(from.bytes[i / 2], levels.exponent, i % 2 == 0 ? 0x4140 : 0x4342);
     x[i] = __hsub2(*reinterpret_cast<const __half2*>(&wide), offset);
     if constexpr (BITS == 5) {
       const uint32_t negative =
-          ~(signs << (ROLE == role_t::kKey ? 15 - i : 15 - 2 * i)) & 0x80008000u;
+          ~(from.signs << (ROLE == role_t::kKey ? 15 - i : 15 - 2 * i)) & 0x80008000u;
       uint32_t bits = *reinterpret_cast<const uint32_t*>(&x[i]) ^ negative;
       x[i] = *reinterpret_cast<const __half2*>(&bits);
     }
   }
+}
+
+__device__ __forceinline__ uint4 Pack(const __half2 (&x)[4]) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(x);
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 /*! \brief Codes of coordinates 8 * chunk and up of a token of K. `part` is K's part of a tile. */
