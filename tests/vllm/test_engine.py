@@ -287,6 +287,19 @@ def test_batches_of_any_size(count: int, folder: pathlib.Path) -> None:
         close(e.ask(llm, requests, TOKENS), wanted)
 
 
+@gpu_only
+def test_batches_that_grow_and_shrink(folder: pathlib.Path) -> None:
+    """Whatever a batch leaves in shared workspaces, a larger one after it must not read."""
+    model = models.make_tiny("dense", folder / "dense")
+    lengths = tuple(LONG // 3 + 9 * i for i in range(48))
+    requests, wanted = reference_of(model, lengths, 8, 0, TOKENS)
+    settings = {"max_num_seqs": 64, "max_num_batched_tokens": 4096}
+    with run(model, **settings) as llm:
+        # the reference is not told of turns: each answer must be that of its request alone
+        for part in (slice(0, 3), slice(0, 48), slice(5, 12), slice(0, 48)):
+            close(e.ask(llm, requests[part], TOKENS), wanted[part])
+
+
 def test_pages_travel_through_a_connector(
     folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,11 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
         ]
 
     @property
+    def _decode_name(self) -> str:
+        """What the decode kernel's workspace is kept by: batches may share one, shapes may not."""
+        return f"decode {self.num_heads} {self.num_kv_heads} {self.head_size}"
+
+    @property
     def copies(self) -> Tensor | None:
         """16-bit copies of this layer's tiles, or of those it shares."""
         return self.storage().copies
@@ -195,7 +200,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
             rows += -(-self.max_num_tokens // queries)
         needed = self.kernels.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
         if needed:
-            memory.keep("decode", needed, torch.uint8, device)
+            memory.keep(self._decode_name, needed, torch.uint8, device)
         if self.cache.k_offset is not None:
             count = max(self.max_num_tokens, rows * queries)
             memory.keep("positions", count, torch.int64, device)
@@ -322,7 +327,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
             max_q_len,
             md.tile_slots,
             output,
-            scratch.current().decode,
+            scratch.current().kept(self._decode_name),
             sm_scale=self.scale,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,

@@ -59,10 +59,9 @@ class Scratch:
             kept = self._kept[name] = torch.zeros(count, dtype=dtype, device=device)
         return kept
 
-    @property
-    def decode(self) -> Tensor | None:
-        """The decode kernel's workspace, which it leaves zeroed; None where it needs none."""
-        return self._kept.get("decode")
+    def kept(self, name: str) -> Tensor | None:
+        """Return what :meth:`keep` made under that name, or None."""
+        return self._kept.get(name)
 
 
 def current() -> Scratch:
