@@ -248,6 +248,25 @@ def test_states_of_prefix_and_rest_merge(workspace: Any) -> None:
     compare(problem, out.float(), lse, rounded=True)
 
 
+def test_a_plan_waits_for_the_one_before(workspace: Any) -> None:
+    """Tables on the host, and a device that is behind: plans are made in the same memory."""
+    problems = [Problem(Case(lens=(5000, 900), q_lens=(300, 1))), Problem(Case(lens=(40,)))]
+    arguments = [options(problem) for problem in problems]
+    for problem in problems:
+        for name in ("qo_indptr", "kv_indptr", "kv_indices", "last"):
+            setattr(problem, name, getattr(problem, name).cpu())
+    wrapper = BatchPrefillWithPagedTurboKVCacheWrapper(workspace)
+    plan(wrapper, problems[1])  # the module is loaded
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    for problem, given in zip(problems, arguments, strict=True):
+        plan(wrapper, problem)
+        wrapper.run(problem.q, problem.cache.pages, **given)
+    torch.cuda.synchronize()
+    for problem, given in zip(problems, arguments, strict=True):
+        compare(problem, given["out"], given["lse"], rounded=True)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_captured_prefill_replays_with_other_lengths(workspace: Any, wide: bool) -> None:
     queries = (200, 100, 84) if wide else (2, 1, 3)

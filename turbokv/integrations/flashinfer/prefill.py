@@ -76,6 +76,7 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
         self._pinned_int_workspace = torch.empty(
             _INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True
         )
+        self._planned: torch.cuda.Event | None = None
         self._max_num_rows: int | None = None
         self._scratch = torch.empty(0, dtype=torch.float16, device=self.device)
         self._lse_scratch = torch.empty(0, dtype=torch.float32, device=self.device)
@@ -136,8 +137,8 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
         Notes
         -----
         Allocates fp16 scratch of the size of the rotated queries, and keeps it. The first call for
-        a head size and pair of widths builds its module, unless it is cached or shipped. Not to be
-        captured in a CUDA graph.
+        a head size and pair of widths builds its module, unless it is cached or shipped. Waits
+        until the device has read the plan before. Not to be captured in a CUDA graph.
         """
         shape = Shape.create(
             num_qo_heads,
@@ -184,6 +185,8 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
         self._causal = bool(causal)
         self._num_rows, self._max_kv_len = num_rows, max(batch.kv_lens, default=0)
         self._shape = shape
+        if self._planned is not None:  # the device may not have read the last plan yet
+            self._planned.synchronize()
         self._plan_info = self._module.plan(
             self._float_workspace,
             self._int_workspace,
@@ -200,6 +203,8 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
             -1 if fixed_split_size is None else fixed_split_size,
             disable_split_kv or wide,
         )
+        self._planned = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._planned.record(torch.cuda.current_stream(self.device))
 
     def _reserve(self, rows: int, shape: Shape) -> None:
         """Have scratch for that many queries; captured graphs keep what they were given."""
