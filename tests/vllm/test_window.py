@@ -169,6 +169,7 @@ class Server:
                 int32([count for _, count, _ in batch] + [0] * padding),
             )
         self.check_new_slots(before, windows[0], batch)
+        self.check_shares(windows[0], batch)
         self.store(windows[0], batch)
         self.check(windows[0])
 
@@ -203,6 +204,21 @@ class Server:
         after = window.tile_slots.view(-1)
         changed = ((after >= 0) & (after != before.view(-1))).nonzero().flatten().tolist()
         assert set(changed) <= started
+
+    def check_shares(self, window: RecentWindow, batch: list[tuple[Request, int, int]]) -> None:
+        """Every request gets slots for its share of new tiles, and holds no more window tiles."""
+        if not batch:
+            return
+        share = window.num_slots // len(batch) - (window.sinks > 0)
+        for request, count, _ in batch:
+            after = request.written + count
+            slots = slots_of(window, request.pages, after)
+            new = range(-(-request.written // TILE), len(slots))
+            oldest = max(after - window.window, 0) // TILE if window.window else len(slots)
+            if window.sinks and share >= 0 and 0 in new:
+                assert slots[0] >= 0
+            late = range(max(oldest, len(slots) - max(share, 0), 0), len(slots))
+            assert all(slots[tile] >= 0 for tile in late if tile in new)
 
     def check(self, window: RecentWindow) -> None:
         slots = window.tile_slots.tolist()
@@ -358,6 +374,47 @@ def test_when_slots_are_short_every_request_gets_its_first_and_newest_tile(backe
     assert held == [1, 4, 5, 8]
     metrics = window.metrics()
     assert (metrics.wanted, metrics.refused, metrics.compressed) == (8, 4, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_requests_share_a_pool_that_is_too_small_for_all(backend: str) -> None:
+    window = make(backend, 80, 16, 16, 64, 4)
+    rows = [list(range(1 + 18 * i, 19 + 18 * i)) for i in range(4)]
+
+    def held(row: list[int], tokens: int) -> list[int]:
+        return [tile for tile, slot in enumerate(slots_of(window, row, tokens)) if slot >= 0]
+
+    # alone, a request has all that it wants
+    window.refresh(int32(rows[:1]), int32([100]), int32([100]))
+    assert held(rows[0], 100) == [0, 2, 3, 4, 5, 6]
+    # with three more each has its first tile and three of the newest, the first request too
+    window.refresh(int32(rows), int32([101, 96, 80, 60]), int32([1, 96, 80, 60]))
+    for row, tokens in zip(rows, (101, 96, 80, 60), strict=True):
+        newest = -(-tokens // TILE)
+        assert held(row, tokens) == [0, *range(newest - 3, newest)]
+    for step in range(1, 100):
+        lens = [tokens + step for tokens in (101, 96, 80, 60)]
+        window.refresh(int32(rows), int32(lens), int32([1] * 4))
+        for row, tokens in zip(rows, lens, strict=True):
+            newest = -(-tokens // TILE)
+            assert held(row, tokens) == [0, *range(newest - 3, newest)]
+    # when the others have left it grows again, with its new tiles
+    for step in range(200, 270):
+        window.refresh(int32(rows[:1]), int32([step]), int32([1]))
+    assert held(rows[0], 269) == [0, *range(12, 17)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tile_beyond_one_share_stays_within_that_of_another(backend: str) -> None:
+    window = make(backend, 40, 16, 8, 64, 4)
+    shared = [1, 2, 3, 4]
+    window.refresh(int32([shared]), int32([64]), int32([64]))
+    assert all(slot >= 0 for slot in slots_of(window, shared, 64))
+    # two requests, three newest tiles each: tile 2 is too old for the second, not for the first
+    table = int32([[*shared, 5, 6, 7], [*shared, 8, 9, 10]])
+    window.refresh(table, int32([65, 100]), int32([1, 36]))
+    assert [slot >= 0 for slot in slots_of(window, [*shared, 5], 65)] == [True, False, *[True] * 3]
+    assert [slot >= 0 for slot in slots_of(window, [8, 9, 10], 36)] == [True] * 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,10 +19,12 @@ from torch import Tensor
 from turbokv.kernels.triton_kernels import device_guard
 
 TILE = 16
-# Of a slot, in this step: its tile is live, is some request's first, was live in the step before.
+# Of a slot, in this step: its tile is live, is some request's first, was live in the step before,
+# is beyond the share of every request whose window it is in.
 LIVE = 1
 SINK = 2
 LEFT = 4
+BEYOND = 8
 # Of the counters, int64: sums over steps but for the last two.
 STEPS, TILES, COMPRESSED, WANTED, REFUSED, EVICTED, IN_USE, HAND = range(8)
 
@@ -30,6 +32,7 @@ _TILE = tl.constexpr(TILE)
 _LIVE = tl.constexpr(LIVE)
 _SINK = tl.constexpr(SINK)
 _LEFT = tl.constexpr(LEFT)
+_BEYOND = tl.constexpr(BEYOND)
 _BLOCK = 1024
 
 
@@ -60,14 +63,16 @@ def _candidate(
     seq_lens_ptr,
     query_lens_ptr,
     max_tokens,
+    share,
     WINDOW: tl.constexpr,
     SINK_TILES: tl.constexpr,
     WINDOW_TILES: tl.constexpr,
 ):
-    """Return (request, tile, exists, is a sink, is new, counts): one tile that may hold a copy.
+    """Return (request, tile, exists, is a sink, is new, counts, is live): one that may have a copy.
 
     Kinds, outermost: the sinks; the tiles of the newest tokens after this step, newest first; those
-    of the newest before it, which the step's first queries still see.
+    of the newest before it, which the step's first queries still see. Live are the sinks, and of
+    the others as many as the request's share, in that order.
     """
     kind = index // batch_size
     row = index % batch_size
@@ -86,7 +91,7 @@ def _candidate(
     )
     live &= is_sink | is_late | ((before > 0) & (tile < oldest))
     is_new = live & (tile * _TILE >= before) & (is_sink | is_late)
-    return row, tile, live, is_sink, is_new, is_sink | is_late
+    return row, tile, live, is_sink, is_new, is_sink | is_late, kind - SINK_TILES < share
 
 
 # Batches change all the time, and each kind that Triton would compile for costs a second.
@@ -131,13 +136,17 @@ def _recent_window_kernel(
 
     # 2. tiles that this step writes from their first token start anew
     most = 0
+    requests = 0
     start = 0
     while start < batch_size:
         row = start + lane
         before, after = _lengths(seq_lens_ptr, query_lens_ptr, row, row < batch_size, max_tokens)
         count = (after + _TILE - 1) // _TILE - (before + _TILE - 1) // _TILE
         most = tl.maximum(most, tl.max(count, 0))
+        requests += tl.sum((after > 0).to(tl.int32), 0)
         start += BLOCK
+    # of the newest tiles, how many each request may have
+    share = num_slots // tl.maximum(requests, 1) - SINK_TILES
     start = 0
     while start < most * batch_size:
         row = (start + lane) % batch_size
@@ -160,15 +169,44 @@ def _recent_window_kernel(
         start += BLOCK
     tl.debug_barrier()
 
-    # 3. slots of tiles in some window, and of first tiles, are live
+    # 3. slots of tiles in some window, and of first tiles, are live; beyond its request's share a
+    # tile is not, unless it is within another's
     start = 0
-    while start < total:
-        row, tile, live, is_sink, _, _ = _candidate(
+    while (start < total) & (share < 2 * WINDOW_TILES):
+        row, tile, live, is_sink, _, _, mine = _candidate(
             start + lane,
             batch_size,
             seq_lens_ptr,
             query_lens_ptr,
             max_tokens,
+            share,
+            WINDOW,
+            SINK_TILES,
+            WINDOW_TILES,
+        )
+        address, live = _address(
+            block_table_ptr,
+            row,
+            tile,
+            live & (mine == 0) & (is_sink == 0),
+            block_table_stride,
+            num_pages,
+            null_page,
+            TILES_PER_PAGE,
+        )
+        slot = tl.load(tile_slots_ptr + address, mask=live, other=-1)
+        tl.store(slot_state_ptr + slot, _BEYOND, mask=slot >= 0)
+        start += BLOCK
+    tl.debug_barrier()
+    start = 0
+    while start < total:
+        row, tile, live, is_sink, _, _, mine = _candidate(
+            start + lane,
+            batch_size,
+            seq_lens_ptr,
+            query_lens_ptr,
+            max_tokens,
+            share,
             WINDOW,
             SINK_TILES,
             WINDOW_TILES,
@@ -183,7 +221,7 @@ def _recent_window_kernel(
             null_page,
             TILES_PER_PAGE,
         )
-        slot = tl.load(tile_slots_ptr + address, mask=live, other=-1)
+        slot = tl.load(tile_slots_ptr + address, mask=live & (mine | is_sink), other=-1)
         tl.store(slot_state_ptr + slot, tl.where(is_sink, _LIVE | _SINK, _LIVE), mask=slot >= 0)
         start += BLOCK
     tl.debug_barrier()
@@ -195,6 +233,12 @@ def _recent_window_kernel(
     while start < num_slots:
         slot = start + lane
         state = tl.load(slot_state_ptr + slot, mask=slot < num_slots, other=0)
+        beyond = state == _BEYOND
+        owner = tl.load(slot_tile_ptr + slot, mask=beyond, other=-1)
+        mapped = tl.load(tile_slots_ptr + owner, mask=owner >= 0, other=-1)
+        tl.store(tile_slots_ptr + owner, -1, mask=(owner >= 0) & (mapped == slot))
+        tl.store(slot_tile_ptr + slot, -1, mask=beyond)
+        tl.store(slot_state_ptr + slot, 0, mask=beyond)
         is_left = (state == _LEFT).to(tl.int32)
         tl.store(order_ptr + left + tl.cumsum(is_left, 0) - 1, slot, mask=is_left > 0)
         left += tl.sum(is_left, 0)
@@ -266,14 +310,16 @@ def _recent_window_kernel(
     tiles = 0
     compressed = 0
     wanted = 0
+    asked = 0
     start = 0
     while start < total:
-        row, tile, live, is_sink, is_new, counts = _candidate(
+        row, tile, live, is_sink, is_new, counts, mine = _candidate(
             start + lane,
             batch_size,
             seq_lens_ptr,
             query_lens_ptr,
             max_tokens,
+            share,
             WINDOW,
             SINK_TILES,
             WINDOW_TILES,
@@ -289,8 +335,9 @@ def _recent_window_kernel(
             TILES_PER_PAGE,
         )
         has = live & (tl.load(tile_slots_ptr + address, mask=live, other=-1) >= 0)
-        wants = (live & is_new & (has == 0)).to(tl.int32)
-        rank = wanted + tl.cumsum(wants, 0) - 1
+        is_new = live & is_new & (has == 0)
+        wants = (is_new & (mine | is_sink)).to(tl.int32)
+        rank = asked + tl.cumsum(wants, 0) - 1
         gets = (wants > 0) & (rank < offered)
         slot = tl.load(order_ptr + rank, mask=gets, other=0)
         loser = tl.load(slot_tile_ptr + slot, mask=gets, other=-1)
@@ -300,11 +347,12 @@ def _recent_window_kernel(
         tl.store(slot_tile_ptr + slot, address, mask=gets)
         tl.store(slot_index_ptr + slot, tile, mask=gets)
         tl.store(slot_state_ptr + slot, tl.where(is_sink, _LIVE | _SINK, _LIVE), mask=gets)
-        wanted += tl.sum(wants, 0)
+        asked += tl.sum(wants, 0)
+        wanted += tl.sum(is_new.to(tl.int32), 0)
         tiles += tl.sum((live & counts).to(tl.int32), 0)
         compressed += tl.sum((live & counts & (has == 0) & (gets == 0)).to(tl.int32), 0)
         start += BLOCK
-    given = tl.minimum(wanted, offered)
+    given = tl.minimum(asked, offered)
     tl.debug_barrier()
 
     tl.store(counters_ptr + 0, tl.load(counters_ptr + 0) + 1)

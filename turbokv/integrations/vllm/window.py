@@ -10,12 +10,14 @@ map; each has its own storage.
 table that the step will use. Its rules:
 
 1. *Live* are the tiles that hold any of a request's newest ``window`` tokens after the step, any of
-   those that the step's first query sees, and a request's first tile if ``sinks`` are wanted.
+   those that the step's first query sees, and a request's first tile if ``sinks`` are wanted. When
+   the pool is too small for all requests of the batch, each gets an equal share of it: its first
+   tile and fewer of the newest, rather than some everything and others nothing.
 2. A tile that the step writes from its first token loses the slot it had, whoever had it.
 3. A live tile keeps its slot. A tile that is live no more loses it if a request of the batch goes
-   on without it. If no request of the batch holds it (finished, preempted, not scheduled), it keeps
-   the slot until slots are short: whoever continues its tokens finds them in 16 bits. First tiles
-   are kept longest.
+   on without it, or has it in its window but beyond its share. If no request of the batch holds it
+   (finished, preempted, not scheduled), it keeps the slot until slots are short: whoever continues
+   its tokens finds them in 16 bits. First tiles are kept longest.
 4. A live tile without a slot gets one if and only if this step writes it from its first token.
    Sinks come first, then the newest tile of every request, and so on.
 
@@ -46,10 +48,12 @@ from torch import Tensor
 from turbokv import kernels
 
 TILE = 16
-# Of a slot, in this step: its tile is live, is some request's first, was live in the step before.
+# Of a slot, in this step: its tile is live, is some request's first, was live in the step before,
+# is beyond the share of every request whose window it is in.
 _LIVE = 1
 _SINK = 2
 _LEFT = 4
+_BEYOND = 8
 _STEPS, _TILES, _COMPRESSED, _WANTED, _REFUSED, _EVICTED, _IN_USE, _HAND = range(8)
 _INT32_MAX = 2**31 - 1
 _WINDOWS: weakref.WeakSet[RecentWindow] = weakref.WeakSet()
@@ -379,6 +383,8 @@ class RecentWindow:
         state = [(s & _SINK) | (_LEFT if s & _LIVE else 0) for s in state]
         capacity = len(table[0]) * self.page_size if table else 0
 
+        requests = sum(after > 0 for after in seq_lens.tolist())
+        share = self.num_slots // max(requests, 1) - (self.sinks > 0)
         rows = []
         for row, (after, new) in enumerate(
             zip(seq_lens.tolist(), query_lens.tolist(), strict=True)
@@ -408,8 +414,10 @@ class RecentWindow:
                 where = address(row, tile)
                 if where is not None and map_[where] >= 0:
                     free(map_[where])
-        # rule 1: (rank among kinds, request, tile, is a sink) of live tiles
+        # rule 1: (rank among kinds, request, tile, is a sink) of tiles that are wanted in 16 bits;
+        # live are those within the request's share
         live: list[tuple[int, int, int, bool]] = []
+        seen: list[tuple[int, int, int]] = []
         for row, before, after in rows:
             if after <= 0:
                 continue
@@ -422,16 +430,30 @@ class RecentWindow:
                 late = range(newest, max(first, oldest) - 1, -1)
                 live += [(1 + rank, row, tile, False) for rank, tile in enumerate(late)]
                 early = max(first, max(before + 1 - self.window, 0) // TILE)
-                for tile in range(early, min(oldest, -(-before // TILE))):
-                    mark(row, tile, _LIVE)
+                end = -(-before // TILE)
+                seen += [
+                    (end - tile + window_tiles(self.window), row, tile)
+                    for tile in range(early, min(oldest, end))
+                ]
         live.sort(key=lambda entry: entry[:2])
+        seen += [entry[:3] for entry in live if not entry[3]]
+        for rank, row, tile in seen:
+            if rank > share:
+                mark(row, tile, _BEYOND)
+        for rank, row, tile in seen:
+            if rank <= share:
+                mark(row, tile, _LIVE)
         for _, row, tile, is_sink in live:
-            mark(row, tile, _LIVE | _SINK if is_sink else _LIVE)
+            if is_sink:
+                mark(row, tile, _LIVE | _SINK)
         # rule 3
         for slot in range(self.num_slots):
-            if state[slot] == _LEFT and any(
-                index[slot] * TILE < after and address(row, index[slot]) == owner[slot]
-                for row, _, after in rows
+            if state[slot] == _BEYOND or (
+                state[slot] == _LEFT
+                and any(
+                    index[slot] * TILE < after and address(row, index[slot]) == owner[slot]
+                    for row, _, after in rows
+                )
             ):
                 free(slot)
             state[slot] &= ~_LEFT
@@ -443,7 +465,7 @@ class RecentWindow:
         offered = unused + [slot for slot in held if state[slot] == 0]
         offered += [slot for slot in held if state[slot] == _SINK]
         given = wanted = tiles = compressed = 0
-        for _, row, tile, is_sink in live:
+        for rank, row, tile, is_sink in live:
             where = address(row, tile)
             if where is None:
                 continue
@@ -451,7 +473,7 @@ class RecentWindow:
             if map_[where] < 0:
                 is_new = tile * TILE >= rows[row][1]
                 wanted += is_new
-                if not is_new or given == len(offered):
+                if not is_new or not (rank <= share or is_sink) or given == len(offered):
                     compressed += 1
                     continue
                 slot = offered[given]
