@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from turbokv.core import Codebook, VectorFormat
-from turbokv.kernels import triton_kernels, triton_page_metadata
+from turbokv.kernels import triton_kernels, triton_page_metadata, triton_recent_window
 
 POINTERS = {
     "x_ptr": "*bf16",
@@ -24,6 +24,7 @@ POINTERS = {
     "signs_ptr": "*fp32",
     "boundaries_ptr": "*fp32",
     "levels_ptr": "*fp32",
+    "counters_ptr": "*i64",
 }
 FLOATS = ("normaliser", "lattice_unit", "scale_factor", "norm_limit", "inverse_root")
 
@@ -57,6 +58,15 @@ def main() -> None:
         triton_page_metadata._page_metadata_kernel,
         {"ROWS": 8, "PAGES": 128, "PREFIX_CHUNK": 1024},
     )
+    for window, sinks in ((128, 1), (0, 1), (128, 0)):
+        constants = {
+            "WINDOW": window,
+            "SINK_TILES": sinks,
+            "WINDOW_TILES": 9 if window else 0,
+            "TILES_PER_PAGE": 2,
+            "BLOCK": triton_recent_window._BLOCK,
+        }
+        ptx(triton_recent_window._recent_window_kernel, constants, num_warps=8)
 
 
 if __name__ == "__main__":
