@@ -118,7 +118,6 @@ class Bench:
                     "cudagraph_capture_sizes": capture_sizes(args.cells.split(",")),
                 },
                 "max_num_seqs": _MAX_NUM_SEQS,
-                "max_num_batched_tokens": args.max_num_batched_tokens,
                 "enable_prefix_caching": False,
             }
         if "additional_config" in options:
@@ -131,6 +130,8 @@ class Bench:
             dtype="bfloat16",
             kv_cache_dtype=options["kv_cache_dtype"],
             max_model_len=model.max_model_len,
+            # by itself vLLM takes twice as many in a script as the server does
+            max_num_batched_tokens=args.max_num_batched_tokens,
             gpu_memory_utilization=args.gpu_memory_utilization,
             disable_log_stats=False,
             seed=0,
