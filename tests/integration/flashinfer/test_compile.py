@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_a_module_builds_loads_and_hardly_spills(module: Any) -> None:
     )
     libraries = f"{stub}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     subprocess.run(
-        [shutil.which("python") or "python", "-c", script, str(spec.jit_library_path)],
+        [sys.executable, "-c", script, str(spec.jit_library_path)],
         check=True,
         env={**os.environ, "LD_LIBRARY_PATH": libraries},
     )

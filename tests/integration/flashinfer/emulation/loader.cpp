@@ -40,6 +40,14 @@ struct traits_t {
   static constexpr auto SWIZZLE_MODE_KV = flashinfer::SwizzleMode::k128B;
 };
 
+// Two blocks of 128 queries and 64 tokens share an H100's multiprocessor: 228 KiB, of which the
+// system takes 1 KiB a block. FlashInfer's own storage is 64 KiB and 80 bytes.
+template <int K_BITS, int V_BITS>
+constexpr bool kFitsTwice =
+    64 * 1024 + 80 + 64 * KVTileLoader<128, K_BITS, V_BITS, params_t>::kSmemBytesPerRow <=
+    113 * 1024;
+static_assert(kFitsTwice<4, 4> && kFitsTwice<5, 3> && kFitsTwice<3, 3> && kFitsTwice<2, 2>);
+
 template <int HEAD_DIM, int TILE_KV>
 struct alignas(16) storage_t {
   uint16_t k_smem[TILE_KV * HEAD_DIM];
