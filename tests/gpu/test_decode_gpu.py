@@ -111,6 +111,30 @@ def test_calls_are_deterministic_and_leave_the_workspace_clean() -> None:
         assert torch.equal(first, arguments["out"])
 
 
+def test_batches_of_many_sizes_take_turns_in_one_workspace() -> None:
+    """Partial results of a small batch lie nowhere that a larger one counts arrivals."""
+    heads = {"num_kv_heads": 3, "group_size": 3, "head_dim": 64}
+    short = tuple(500 + i for i in range(64))
+    cases = [
+        Case(lens=(6000, 4000, 17), seed=1, **heads),
+        Case(lens=short[:16], seed=2, **heads),
+        Case(lens=short, seed=3, **heads),
+        Case(lens=short[:32], q_lens=(5,) * 32, seed=4, **heads),
+        Case(lens=short, q_lens=(8,) * 64, seed=5, **heads),
+        Case(lens=short[:9], seed=6, kept=0.3, **heads),
+        Case(lens=short, seed=7, **heads),
+    ]
+    size = cuda.decode_workspace_bytes(
+        batch_size=64, num_qo_heads=9, num_kv_heads=3, head_dim=64, max_q_len=8, device=DEVICE
+    )
+    workspace = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    for case in [*cases, *reversed(cases)]:
+        problem = Problem(case)
+        arguments = problem.arguments()
+        arguments["workspace"] = workspace
+        check(problem, arguments)
+
+
 def test_graph_replay_follows_lengths_and_page_tables() -> None:
     problems = [
         Problem(Case(lens=lens, num_kv_heads=4, seed=i))

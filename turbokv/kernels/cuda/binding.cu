@@ -501,6 +501,8 @@ void DecodeOperator(Tensor q, Tensor pages, std::string k_text, std::string v_te
     CheckPacked(workspace, "workspace", ScalarType::Byte, {-1}, device);
     STD_TORCH_CHECK(workspace->numel() >= needed, "workspace: wanted at least ", needed,
                     " bytes, got ", workspace->numel());
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(workspace->mutable_data_ptr()) % 16 == 0,
+                    "workspace: wanted an address that is a multiple of 16 bytes");
   } else {
     workspace = torch::stable::new_empty(q, {needed}, ScalarType::Byte);
     CheckLaunch(cudaMemsetAsync(workspace->mutable_data_ptr(), 0, needed, stream), "decode");

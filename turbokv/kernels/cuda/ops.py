@@ -528,8 +528,9 @@ def decode(
         float32 ``[num_segments, num_kv_heads, padded_dim]``, contiguous: offsets of centred keys in
         rotated space, for every 256 tokens.
     workspace
-        uint8, :func:`decode_workspace_bytes` or more, zeros before its first use; every call leaves
-        it ready for the next on the same stream. Allocated and zeroed if absent.
+        uint8, :func:`decode_workspace_bytes` or more, 16-byte aligned, zeros before its first use;
+        every call leaves it ready for the next on the same stream, which may have another batch size
+        or other lengths. Allocated and zeroed if absent.
     body
         How tiles reach shared memory: ``bulk`` (sm_90 and up), ``cp_async``, or ``auto``.
     num_ctas
@@ -668,7 +669,10 @@ def decode_workspace_bytes(
     num_ctas: int = 0,
     device: torch.device | str = "cuda",
 ) -> int:
-    """Return how many bytes of workspace :func:`decode` needs; monotonic in each argument.
+    """Return how many bytes of workspace :func:`decode` needs.
+
+    So much is enough for every smaller ``batch_size``, ``head_dim`` and ``max_q_len`` with the same
+    heads, too, in any order. Caches with other heads or ``num_ctas`` need workspaces of their own.
 
     Parameters
     ----------

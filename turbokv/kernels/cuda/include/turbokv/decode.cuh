@@ -126,7 +126,8 @@ inline int DecodeMaxCtas(int num_ctas, int multiprocessors) {
   return num_ctas > 0 ? num_ctas : decode_detail::kMaxCtas * multiprocessors;
 }
 
-/*! \brief Bytes of workspace that Decode needs; zeros before the first call. */
+/*! \brief Bytes of workspace that Decode needs; zeros before the first call. Enough for every
+ * smaller batch_size, head_dim_padded and max_q_len, too, in any order. */
 inline int64_t DecodeWorkspaceBytes(int batch_size, int num_qo_heads, int num_kv_heads,
                                     int head_dim_padded, int max_q_len, int num_ctas) {
   const int rows = max_q_len * (num_qo_heads / num_kv_heads);
@@ -134,7 +135,8 @@ inline int64_t DecodeWorkspaceBytes(int batch_size, int num_qo_heads, int num_kv
   const int64_t blocks = (rows + columns - 1) / columns;
   const int64_t counters =
       (static_cast<int64_t>(batch_size) * num_kv_heads * blocks + 63) / 64 * 64;
-  const int64_t partial = static_cast<int64_t>(columns) * head_dim_padded + 2 * columns;
+  // Smaller heads have more columns, up to 16, with two numbers each.
+  const int64_t partial = static_cast<int64_t>(columns) * head_dim_padded + 2 * 16;
   return (counters + 2 * num_ctas * partial) * 4;
 }
 

@@ -49,7 +49,9 @@ struct decode_params_t {
   uint32_t k_signs[16], v_signs[16];  // bit j % 32 of word j / 32: coordinate j is negated
   codebook_t k_codebook, v_codebook;
   bool rotated_query, rotated_output;
-  void* workspace;  // zeros before the first call; every call leaves its counters zero
+  // Zeros before the first call; every call leaves its counters, at the start, zero. Its partial
+  // results are at the end: calls of all sizes that the workspace is large enough for may take turns.
+  void* workspace;  // 16-byte aligned
   int64_t workspace_bytes;
 };
 

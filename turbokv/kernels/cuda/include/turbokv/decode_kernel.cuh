@@ -831,8 +831,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       // Items of all requests, at most max_q_len rows each.
       const int max_blocks = (p.max_q_len * group + kColumns - 1) / kColumns;
       const int counter = (b * p.num_kv_heads + head) * max_blocks + block;
-      const int64_t num_counters = static_cast<int64_t>(p.batch_size) * p.num_kv_heads * max_blocks;
-      float* partials = reinterpret_cast<float*>(counters + (num_counters + 63) / 64 * 64);
+      // Partial results lie at the end, so that they are nowhere the counters of another batch.
+      const int64_t bytes = static_cast<int64_t>(2) * gridDim.x * C::kPartial * 4;
+      float* partials = reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) +
+                                                 (p.workspace_bytes - bytes) / 16 * 16);
       // Of a CTA's items only the first and the last can be parts.
       float* mine =
           partials + static_cast<int64_t>(2 * cta + (item_begin == begin ? 0 : 1)) * C::kPartial;
