@@ -529,8 +529,8 @@ def decode(
         rotated space, for every 256 tokens.
     workspace
         uint8, :func:`decode_workspace_bytes` or more, 16-byte aligned, zeros before its first use;
-        every call leaves it ready for the next on the same stream, which may have another batch size
-        or other lengths. Allocated and zeroed if absent.
+        every call leaves it ready for the next on the same stream, of another batch size as well
+        as of other lengths. Allocated and zeroed if absent.
     body
         How tiles reach shared memory: ``bulk`` (sm_90 and up), ``cp_async``, or ``auto``.
     num_ctas
