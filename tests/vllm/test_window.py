@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turbokv import kernels
+from turbokv.integrations.vllm import window as window_module
 from turbokv.integrations.vllm.window import (
     TILE,
     RecentWindow,
@@ -506,3 +507,32 @@ def test_bad_arguments() -> None:
         window.refresh(table[0], one, one)
     with pytest.raises(ValueError, match=r"query_lens: wanted shape \[1\]"):
         window.refresh(table, one, int32([1, 1]))
+
+
+@pytest.mark.parametrize("failures", [0, 2, 3])
+def test_a_compiler_that_gives_up_is_asked_again(failures: int) -> None:
+    launches: list[int] = []
+
+    def launch() -> None:
+        launches.append(len(launches))
+        if len(launches) <= failures:
+            raise RuntimeError("PassManager::run failed")
+
+    if failures < 3:
+        window_module._until_compiled(launch)
+        assert len(launches) == failures + 1
+    else:
+        with pytest.raises(RuntimeError, match="PassManager"):
+            window_module._until_compiled(launch)
+
+
+def test_other_errors_of_a_launch_are_raised_at_once() -> None:
+    launches: list[int] = []
+
+    def launch() -> None:
+        launches.append(1)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        window_module._until_compiled(launch)
+    assert len(launches) == 1

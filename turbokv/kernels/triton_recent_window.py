@@ -94,9 +94,17 @@ def _candidate(
     return row, tile, live, is_sink, is_new, is_sink | is_late, kind - SINK_TILES < share
 
 
-# Batches change all the time, and each kind that Triton would compile for costs a second.
+# Batches change all the time, and each kind that Triton would compile for costs a second. One kind
+# serves all, so that a compilation at start-up is the last.
 @triton.jit(
-    do_not_specialize=["batch_size"],
+    do_not_specialize=[
+        "batch_size",
+        "max_tokens",
+        "block_table_stride",
+        "num_pages",
+        "num_slots",
+        "null_page",
+    ],
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_lens_ptr"],
 )
 def _recent_window_kernel(

@@ -241,7 +241,7 @@ class RecentWindow:
         if self.backend == "triton":
             # compiles now rather than in the first step; a batch of none changes nothing
             empty = full(0, 0, 1)
-            self._launch(empty, empty[:, 0], empty[:, 0])
+            _until_compiled(lambda: self._launch(empty, empty[:, 0], empty[:, 0]))
         self._counters.zero_()
         self.on_refresh: Callable[[RecentWindow], None] | None = None
         self.number: int = max((window.number for window in _WINDOWS), default=-1) + 1
@@ -496,6 +496,21 @@ class RecentWindow:
         self._slot_index.copy_(torch.tensor(index, dtype=torch.int32))
         self._slot_state.copy_(torch.tensor(state, dtype=torch.int32))
         self._counters.copy_(torch.tensor(counters))
+
+
+def _until_compiled(launch: Callable[[], None]) -> None:
+    """Launch; if the compiler gives up, twice more.
+
+    Triton 3.6 did so in one of some ten processes on an H100, in a pass that does not always take
+    things in the same order, and compiled the same code in all others.
+    """
+    for attempt in range(3):
+        try:
+            launch()
+            return
+        except RuntimeError as error:
+            if "PassManager" not in str(error) or attempt == 2:
+                raise
 
 
 @functools.cache
