@@ -50,7 +50,7 @@ struct decode_params_t {
   codebook_t k_codebook, v_codebook;
   bool rotated_query, rotated_output;
   // Zeros before the first call; every call leaves its counters, at the start, zero. Its partial
-  // results are at the end: calls of all sizes that the workspace is large enough for may take turns.
+  // results are at the end: calls of all sizes for which there is room may take turns.
   void* workspace;  // 16-byte aligned
   int64_t workspace_bytes;
 };
