@@ -252,35 +252,35 @@ class Bench:
                 self.console.print(table)
         sys.stdout.flush()
 
-    def plot(self, path: Path) -> None:
-        """Draw GB/s over bytes of a launch, for every shape, under the ceilings."""
-        import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw GB/s over bytes of a launch, for every shape, under the ceilings."""
+    import matplotlib
 
-        rows = [r for r in self.result["rows"] if r["kind"] == "decode" and "us" in r]
-        shapes = list(dict.fromkeys(r["shape"] for r in rows))
-        if not rows:
-            self.console.print("nothing to plot: no decode was measured")
-            return
-        _, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 5), squeeze=False)
-        names = list(dict.fromkeys(r["contender"] for r in rows))
-        for axis, shape in zip(axes[0], shapes, strict=True):
-            for index, name in enumerate(names):
-                here = [r for r in rows if r["shape"] == shape and r["contender"] == name]
-                here.sort(key=lambda r: r["bytes"])
-                style = {"marker": "osv^D*"[index % 6], "color": f"C{index % 10}", "label": name}
-                style["linestyle"] = "-" if name.startswith("TurboKV") else "--"
-                x, y = [r["bytes"] / 1e6 for r in here], [r["gb_per_s"] for r in here]
-                axis.plot(x, y, **style)
-            for limit, line in (("read", "-"), ("copy", ":")):
-                axis.axhline(self.result["ceilings"][limit], color="k", linestyle=line, label=limit)
-            axis.set(xscale="log", yscale="log", title=f"decode {shape}")
-            axis.set(xlabel="MB of cache a launch", ylabel="GB/s")
-        axes[0][0].legend(fontsize=7)
-        pyplot.tight_layout()
-        pyplot.savefig(path, dpi=120)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in result["rows"] if r["kind"] == "decode" and "us" in r]
+    if not rows:
+        sys.exit("--plot: wanted measured rows of decode, got none")
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    _, axes = pyplot.subplots(1, len(shapes), figsize=(8 * len(shapes), 6), squeeze=False)
+    names = list(dict.fromkeys(r["contender"] for r in rows))
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        for index, name in enumerate(names):
+            here = [r for r in rows if r["shape"] == shape and r["contender"] == name]
+            here.sort(key=lambda r: r["bytes"])
+            style = {"marker": "osv^D*"[index % 6], "color": f"C{index % 10}", "label": name}
+            style["linestyle"] = "-" if name.startswith("TurboKV") else "--"
+            x, y = [r["bytes"] / 1e6 for r in here], [r["gb_per_s"] for r in here]
+            axis.plot(x, y, **style)
+        for limit, line in (("read", "-"), ("copy", ":")):
+            axis.axhline(result["ceilings"][limit], color="k", linestyle=line, label=limit)
+        axis.set(xscale="log", yscale="log", title=f"decode {shape}, {result['device']}")
+        axis.set(xlabel="MB of cache a launch", ylabel="GB/s")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    pyplot.tight_layout()
+    pyplot.savefig(path, dpi=120)
 
 
 def versions() -> dict[str, str]:
@@ -310,7 +310,13 @@ def main() -> None:
     parser.add_argument("--centred", action="store_true", help="also with key offsets")
     parser.add_argument("--json", type=Path, help="file; rewritten after every cell")
     parser.add_argument("--plot", type=Path, help="image file (needs matplotlib)")
+    parser.add_argument("--plot-of", type=Path, help="draw what this JSON of a run holds; no GPU")
     args = parser.parse_args()
+    if args.plot_of:
+        if not args.plot:
+            parser.error("--plot-of: wanted --plot with it")
+        plot(json.loads(args.plot_of.read_text()), args.plot)
+        return
     if not torch.cuda.is_available():
         sys.exit("bench_kernels.py: PyTorch sees no CUDA device")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -318,7 +324,7 @@ def main() -> None:
     bench.run()
     bench.summary()
     if args.plot:
-        bench.plot(args.plot)
+        plot(bench.result, args.plot)
     if not any("us" in row for row in bench.result["rows"]):
         sys.exit("bench_kernels.py: nothing could be measured")
 
