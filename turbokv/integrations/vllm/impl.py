@@ -56,9 +56,10 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
         if alibi_slopes is not None:
             unknown.append("alibi_slopes")
         if unknown:
-            raise NotImplementedError(f"kv_cache_dtype={kv_cache_dtype} does not support {unknown}")
+            names = ", ".join(unknown)
+            raise ValueError(f"{names}: wanted none with kv_cache_dtype={kv_cache_dtype}, got some")
         if attn_type != AttentionType.DECODER:
-            raise NotImplementedError(f"attn_type: wanted decoder, got {attn_type}")
+            raise ValueError(f"attn_type: wanted {AttentionType.DECODER}, got {attn_type}")
         self.vllm_config = get_current_vllm_config()
         self.options = Options.from_config(self.vllm_config.additional_config)
         self.num_heads = num_heads
@@ -262,7 +263,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
     ) -> Tensor:
         """Attend, writing to ``output`` ``[tokens, num_heads, head_dim]``."""
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("TURBOKV does not quantise its output")
+            raise ValueError("output_scale, output_block_scale: wanted none, got some")
         if attn_metadata is None:  # profiling: nothing is stored yet, but memory is measured
             self.reserve(query.device)
             return output.fill_(0)

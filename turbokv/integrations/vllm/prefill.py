@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from turbokv.integrations.vllm.metadata import (
 )
 
 
-class PrefillSteps:
+class PrefillSteps(ABC):
     """The part of a layer's implementation that attends to groups of prefill rows.
 
     Attributes
@@ -46,9 +47,9 @@ class PrefillSteps:
     reads_cache_only: bool
     _sinks_float: Tensor | None
 
+    @abstractmethod
     def storage(self) -> CacheLayer:
         """Return the formats and copies of the layer that stores what this one reads."""
-        raise NotImplementedError
 
     def workspace(self, memory: scratch.Scratch, tokens: int) -> list[Tensor]:
         """Return room for expanded keys and values, and for one partial output and its sums."""
