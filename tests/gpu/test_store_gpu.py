@@ -186,7 +186,8 @@ def test_decompress_is_exact_before_it_rounds(head_dim: int, bits: int) -> None:
     back_k = codec.rotate_query(torch.eye(head_dim, device=DEVICE)).T
     back_v = codec.unrotate_output(torch.eye(codec.padded_dim, device=DEVICE))
     root = codec.padded_dim**-0.5
-    exact = (raw_k @ (back_k.sign().double() * root), raw_v @ (back_v.sign().double() * root))
+    # sums of exact numbers first: a sum that is zero must not become the rounding of its terms
+    exact = (raw_k @ back_k.sign().double() * root, raw_v @ back_v.sign().double() * root)
     formats = (codec.vector_format("k"), codec.vector_format("v"))
     # half a last place, and half the smallest subnormal
     for dtype, relative, least in (
