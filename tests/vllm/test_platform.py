@@ -95,17 +95,22 @@ def refused(folder: pathlib.Path, dtype: str, **arguments: Any) -> str:
 def test_the_dtype_chooses_the_backend(models: pathlib.Path) -> None:
     found = describe(models / "dense", "tq4")
     assert set(found["backends"]) == {"TURBOKV"}
-    assert found["pages"] == [2 * 16 * 132]
-    assert found["shapes"] == [[[2, 16, 132], "torch.uint8"]]
+    assert found["pages"] == [2 * 64 * 132]
+    assert found["shapes"] == [[[2, 64, 132], "torch.uint8"]]
     assert found["graphs"] == "UNIFORM_BATCH"
     # two decodes, and a prefill of 32 tokens after 32 older ones
     assert found["steps"] == [[2, 2, 1, [[32]]]]
 
 
+def test_a_page_has_the_size_that_the_user_names(models: pathlib.Path) -> None:
+    assert describe(models / "dense", "tq4")["block_size"] == 64
+    assert describe(models / "dense", "tq4", block_size=16)["pages"] == [2 * 16 * 132]
+
+
 def test_widths_of_keys_and_values_differ(models: pathlib.Path) -> None:
-    assert describe(models / "dense", "tq_k5v3")["pages"] == [2 * 16 * 132]
-    assert describe(models / "dense", "tq_k4v2")["pages"] == [2 * 16 * 100]
-    assert describe(models / "dense", "tq_k8v4")["pages"] == [2 * 16 * 196]
+    assert describe(models / "dense", "tq_k5v3")["pages"] == [2 * 64 * 132]
+    assert describe(models / "dense", "tq_k4v2")["pages"] == [2 * 64 * 100]
+    assert describe(models / "dense", "tq_k8v4")["pages"] == [2 * 64 * 196]
 
 
 def test_other_dtypes_are_as_before(models: pathlib.Path) -> None:
@@ -116,21 +121,21 @@ def test_other_dtypes_are_as_before(models: pathlib.Path) -> None:
 
 
 def test_a_head_that_is_no_power_of_two_is_padded(models: pathlib.Path) -> None:
-    assert describe(models / "head96", "tq4")["pages"] == [2 * 16 * 132]
+    assert describe(models / "head96", "tq4")["pages"] == [2 * 64 * 132]
 
 
 def test_sliding_windows_and_full_attention_share_pages(models: pathlib.Path) -> None:
     found = describe(models / "mixed", "tq4")
     assert set(found["backends"]) == {"TURBOKV"}
     assert {name for name, _ in found["groups"]} == {"SlidingWindowSpec", "TQFullAttentionSpec"}
-    assert found["pages"] == [2 * 16 * 132]
+    assert found["pages"] == [2 * 64 * 132]
 
 
 def test_without_the_hybrid_manager_windows_are_full_specs(models: pathlib.Path) -> None:
     found = describe(models / "mixed", "tq4", disable_hybrid_kv_cache_manager=True)
     names = {name for name, _ in found["groups"]}
     assert names <= {"TQFullAttentionSpec", "UniformTypeKVCacheSpecs"}
-    assert found["pages"] == [2 * 16 * 132]
+    assert found["pages"] == [2 * 64 * 132]
 
 
 @pytest.mark.parametrize("skip", [["sliding_window"], [1], [0, 4]])
