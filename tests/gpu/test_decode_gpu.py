@@ -87,6 +87,26 @@ def test_every_feature(pair: tuple[int, int], features: dict[str, Any]) -> None:
     check(Problem(Case(k_bits=pair[0], v_bits=pair[1], **features)))
 
 
+@pytest.mark.parametrize("requests", [31, 60, 90])
+@pytest.mark.parametrize("group_size", [4, 8])
+@pytest.mark.parametrize("pair", [(4, 4), (3, 3), (2, 2), (5, 3)])
+def test_many_items_share_multiprocessors(
+    pair: tuple[int, int], group_size: int, requests: int
+) -> None:
+    """Enough items for two and for four CTAs a multiprocessor, of equal lengths and of others."""
+    features: dict[str, Any] = dict(
+        k_bits=pair[0], v_bits=pair[1], group_size=group_size, num_kv_heads=8
+    )
+    ragged = tuple((37 * i) % 400 for i in range(requests))
+    check(Problem(Case(lens=(290,) * requests, kept=0.2, page_size=64, **features)))
+    check(Problem(Case(lens=ragged, kept=0.2, centred=True, **features)))
+
+
+def test_keys_are_centred_beyond_the_offsets_kept_at_a_time() -> None:
+    check(Problem(Case(lens=(70_000, 65_536, 300), centred=True, kept=0.01)))
+    check(Problem(Case(lens=(140_000,), num_kv_heads=1, centred=True, num_ctas=2)))
+
+
 def test_batches_of_4096() -> None:
     check(Problem(Case(lens=tuple(i % 70 for i in range(4096)), num_kv_heads=1)))
 

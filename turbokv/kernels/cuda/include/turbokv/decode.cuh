@@ -36,16 +36,14 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
     error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   }
   if (error != cudaSuccess) return error;
-  const bool centred = p.k_offset_rotated != nullptr;
-  // Room for static shared memory, and 1 KB that is reserved for each CTA. A large batch or 256
-  // segments of offsets may leave too little for two CTAs.
+  // 1 KB is reserved for each CTA. A large batch or 256 segments of offsets may leave too little
+  // for all of them.
   int per_sm = 0, stages = 0, ctas = C::kCtas;
   error = cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return error;
   for (;; --ctas) {
     const int share = per_sm / ctas - 1024;
-    const int room =
-        (share < limit ? share : limit) - 7 * 1024 - C::SharedBytes(0, p.batch_size, centred);
+    const int room = (share < limit ? share : limit) - C::kStaticBytes - C::SharedBytes(0, p);
     stages = room / (C::kWarps * C::kStepBytes);
     if (stages >= 2 || ctas == 1) break;
   }
@@ -53,7 +51,7 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
   // asynchronous copies wait for all but one group
   if (!C::kBulk && stages > 2) stages = 2;
   if (stages < 2) return cudaErrorInvalidConfiguration;
-  const int bytes = C::SharedBytes(stages, p.batch_size, centred);
+  const int bytes = C::SharedBytes(stages, p);
   error = cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int grid = options.num_ctas > 0 ? options.num_ctas : ctas * sms;
@@ -81,8 +79,8 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, bool BULK>
 cudaError_t LaunchCtas(const decode_params_t& p, const decode_options_t& options,
                        cudaStream_t stream) {
-  // Measured: two CTAs gain where every multiprocessor has several items, and lose where items have
-  // several CTAs.
+  // Measured: more CTAs gain where every multiprocessor has nearly as many items or more, and lose
+  // where items have several CTAs.
   if constexpr (BULK && HEAD_DIM <= 128 && COLUMNS <= 8) {
     int device = 0, sms = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -92,8 +90,12 @@ cudaError_t LaunchCtas(const decode_params_t& p, const decode_options_t& options
     if (error != cudaSuccess) return error;
     const int64_t rows = static_cast<int64_t>(p.max_q_len) * (p.num_qo_heads / p.num_kv_heads);
     const int64_t items = p.batch_size * (rows + COLUMNS - 1) / COLUMNS * p.num_kv_heads;
-    if (items >= 2 * sms) {
-      using two_t = config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, COLUMNS, BULK, kMaxCtas>;
+    if (items * 4 >= 14 * sms) {
+      using four_t = config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, COLUMNS, BULK, kMaxCtas>;
+      return Launch<four_t>(p, options, stream);
+    }
+    if (items * 4 >= 7 * sms) {
+      using two_t = config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, COLUMNS, BULK, 2>;
       return Launch<two_t>(p, options, stream);
     }
   }

@@ -59,15 +59,21 @@ namespace decode_detail {
 
 constexpr int kSegmentsPerPass = 256;  // offsets kept in shared memory at a time
 constexpr int kMaxStages = 8;
-constexpr int kMaxCtas = 2;     // of a multiprocessor
+constexpr int kMaxCtas = 4;     // of a multiprocessor
 constexpr int kFlushSteps = 4;  // how long the correction of V's offset may wait, see Flush
-constexpr int kPending = 8;  // tiles kept in 16 bits that a warp collects before it attends to them
+// Tiles kept in 16 bits that a warp collects before it attends to them alone; at the end of an item
+// all warps share what is left.
+constexpr int kPending = 16;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNever = -1e30f;               // a running maximum that has seen nothing
 constexpr float kLowestTop = 1.f / (1 << 30);  // below every positive fp16
 constexpr float kWindowGain = 1024.f;
-// Probabilities times V scales are kept below this, well inside fp16 and far from its subnormals.
-constexpr int kTopExponent = 14;
+// Maxima are raised only when a score exceeds the last one by more: so rarely that it costs
+// nothing.
+constexpr float kSlack = 4;  // a power of two: 16
+// Probabilities times V scales stay below 2 to this and kSlack, inside fp16 and far from its
+// subnormals.
+constexpr int kTopExponent = 11;
 
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, bool BULK, int CTAS>
 struct config_t {
@@ -77,24 +83,24 @@ struct config_t {
   using v_t = v_fragment_t<HEAD_DIM, V_BITS, UNIFORM2>;
   static constexpr int kTile = TileLayout(HEAD_DIM, K_BITS, V_BITS).bytes;
   // Tiles a step: as many as keep a step under 9 KB, if the registers for their scores suffice.
-  static constexpr int kTiles = kTile <= 600 ? 8 : kTile <= 2200 ? 4 : kTile <= 4352 ? 2 : 1;
+  // Steps of eight tiles leave warps without any in small batches: only where they gain most.
+  static constexpr int kTiles = HEAD_DIM == 64 && COLUMNS <= 8 && kTile <= 1100 ? 8
+                                : kTile <= 2200                                 ? 4
+                                : kTile <= 4352                                 ? 2
+                                                                                : 1;
   static constexpr int kStepTokens = kTiles * kTokensPerTile;
   static constexpr int kStepBytes = kTiles * kTile;
-  // CTAs of a multiprocessor at a time. With two, one computes while the other starts or ends an
-  // item and so waits for memory and for its own warps; with one, fewer parts are merged.
+  // CTAs of a multiprocessor at a time. With several, some compute while others start or end an
+  // item and so wait for memory and for their own warps; with one, fewer parts are merged.
   static constexpr int kCtas = CTAS;
-  // Twelve warps hide latency best, where their registers (168 each) and two stages each suffice.
-  // Devices with asynchronous copies only may have 100 KB of shared memory.
+  // Eight warps, where two stages each fit: more would have too few registers. Devices with
+  // asynchronous copies only may have 100 KB of shared memory.
   static constexpr int kStageRoom =
       (BULK ? 160 : 80) * 1024 / (2 * kStepBytes);  // warps with two stages
-  static constexpr bool kFewRegisters = kTiles <= 4 && (COLUMNS == 16 ? 2 : 1) * HEAD_DIM / 4 <= 32;
-  static constexpr int kWarps = (kStageRoom >= 12 && kFewRegisters ? 12
-                                 : kStageRoom >= 8                 ? 8
-                                                                   : 4) /
-                                kCtas;
+  static constexpr int kWarps = (kStageRoom >= 8 ? 8 : 4) / kCtas;
   static constexpr int kThreads = kWarps * 32;
-  // Requests whose items may get whole CTAs: a thread looks at each.
-  static constexpr int kMaxAligned = kThreads < 256 ? kThreads : 256;
+  // Requests whose items may get whole CTAs.
+  static constexpr int kMaxAligned = 256;
   static constexpr int kBlocks8 = COLUMNS == 16 ? 2 : 1;  // column blocks of an mma
   // With four columns the two terms of the query share a column block, else each has its own.
   static constexpr int kTerms = COLUMNS == 4 ? 1 : 2;
@@ -105,12 +111,23 @@ struct config_t {
   static constexpr int kQueryRegs = HEAD_DIM / 16;
   static constexpr int kOutBlocks = HEAD_DIM / 16;
   // Outputs that warps merge at a time: more would need more shared memory.
-  static constexpr int kMergeRegs = kBlocks8 * HEAD_DIM / 4 <= 32 ? kBlocks8 * HEAD_DIM / 4 : 32;
+  static constexpr int kMostMergeRegs = CTAS == 4 ? 16 : 32;
+  static constexpr int kMergeRegs =
+      kBlocks8 * HEAD_DIM / 4 <= kMostMergeRegs ? kBlocks8 * HEAD_DIM / 4 : kMostMergeRegs;
   static constexpr int kPartial = COLUMNS * HEAD_DIM + 2 * COLUMNS;  // floats of a partial result
 
-  static int SharedBytes(int stages, int batch_size, bool centred) {
+  // Static shared memory is a little less.
+  static constexpr int kStaticBytes =
+      kWarps * (kMaxStages * (8 + 4 * kTiles) + 8 * COLUMNS + 8 * kPending + 8) + 32 * COLUMNS +
+      4 * (kMaxAligned + 1) + 256;
+
+  static int SharedBytes(int stages, const decode_params_t& p) {
+    const int most = p.num_segments < kSegmentsPerPass ? p.num_segments : kSegmentsPerPass;
+    const int segments = p.k_offset_rotated != nullptr ? most : 0;
+    // steps before a request, its tokens, and query rows before it
+    const int per_request = p.qo_indptr != nullptr ? 12 : 8;
     return kWarps * stages * kStepBytes + kWarps * kMergeRegs * 128 + COLUMNS * HEAD_DIM * 6 +
-           (centred ? kSegmentsPerPass * COLUMNS * 4 : 0) + (batch_size + 1) * 4;
+           segments * COLUMNS * 4 + (p.batch_size + 1) * per_request;
   }
 };
 
@@ -120,22 +137,21 @@ struct request_t {
   int first_step, steps;        // a window may skip steps
 };
 
+/*! \brief Tokens of request b in the cache. */
+__device__ __forceinline__ int RequestLength(const decode_params_t& p, int b) {
+  if (p.kv.kv_lens != nullptr) return max(__ldg(p.kv.kv_lens + b), 0);
+  const int pages = __ldg(p.kv.kv_indptr + b + 1) - __ldg(p.kv.kv_indptr + b);
+  return pages > 0 ? max((pages - 1) * p.kv.page_size + __ldg(p.kv.kv_last_page_len + b), 0) : 0;
+}
+
+/*! \brief What a request means, by its tokens and the position of its query rows. */
 template <class C>
-__device__ __forceinline__ request_t Request(const decode_params_t& p, int b) {
+__device__ __forceinline__ request_t Request(const decode_params_t& p, int length, int first_row,
+                                             int q_len) {
   request_t r;
-  if (p.kv.kv_lens != nullptr) {
-    r.length = __ldg(p.kv.kv_lens + b);
-  } else {
-    const int pages = __ldg(p.kv.kv_indptr + b + 1) - __ldg(p.kv.kv_indptr + b);
-    r.length = pages > 0 ? (pages - 1) * p.kv.page_size + __ldg(p.kv.kv_last_page_len + b) : 0;
-  }
-  r.length = max(r.length, 0);
-  r.first_row = b * p.max_q_len;
-  r.q_len = p.max_q_len;
-  if (p.qo_indptr != nullptr) {
-    r.first_row = __ldg(p.qo_indptr + b);
-    r.q_len = __ldg(p.qo_indptr + b + 1) - r.first_row;
-  }
+  r.length = length;
+  r.first_row = first_row;
+  r.q_len = q_len;
   r.rows = r.q_len * (p.num_qo_heads / p.num_kv_heads);
   r.blocks = (r.rows + C::kColumns - 1) / C::kColumns;
   const int begin = p.window_left >= 0 ? max(0, r.length - r.q_len - p.window_left) : 0;

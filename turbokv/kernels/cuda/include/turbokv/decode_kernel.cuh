@@ -2,8 +2,8 @@
 // Fused decode attention over compressed pages: rotate and split the query, attend, combine,
 // un-rotate; one launch.
 //
-// The grid is persistent. A step is one or two tiles (16 tokens each) of one KV head; all steps of
-// all requests and heads form one line, and every CTA takes an equal, contiguous part of it
+// The grid is persistent. A step is one to eight tiles (16 tokens each) of one KV head; all steps
+// of all requests and heads form one line, and every CTA takes an equal, contiguous part of it
 // (stream-K, Osama et al., PPoPP 2023). Within a CTA whole steps go to warps in turn: each warp has
 // its own online softmax (Milakov and Gimelshein, arXiv:1805.02867) and its own ring of stages,
 // which it refills itself, so that the loop has no CTA barrier. Where an item (request, KV head,
@@ -71,8 +71,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   cursor += kColumns * kHeadDim * 2;
   float* offsets =
       reinterpret_cast<float*>(cursor);  // [segments, kColumns]: score of the shared part
-  if (p.k_offset_rotated != nullptr) cursor += kSegmentsPerPass * kColumns * 4;
+  if (p.k_offset_rotated != nullptr) {
+    cursor += min(p.num_segments, kSegmentsPerPass) * kColumns * 4;
+  }
   int* prefix = reinterpret_cast<int*>(cursor);  // [batch_size + 1], in steps
+  int* lengths = prefix + p.batch_size + 1;      // [batch_size + 1], the last unused
+  int* starts = lengths + p.batch_size + 1;      // [batch_size + 1] with qo_indptr: query rows
 
   const int group = p.num_qo_heads / p.num_kv_heads;
 
@@ -104,15 +108,30 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     __syncthreads();
     return before + x;
   };
+  // Afterwards nobody waits for global memory to know a request.
+  auto request = [&](int b) {
+    int first_row = b * p.max_q_len, q_len = p.max_q_len;
+    if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
+    return Request<C>(p, lengths[b], first_row, q_len);
+  };
   int total = 0;
   for (int base = 0; base < p.batch_size; base += C::kThreads) {
+    const int b = base + tid;
     int steps = 0;
-    if (base + tid < p.batch_size) {
-      const request_t r = Request<C>(p, base + tid);
+    if (b < p.batch_size) {
+      const int length = RequestLength(p, b);
+      int first_row = 0, q_len = p.max_q_len;
+      if (p.qo_indptr != nullptr) {
+        first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
+        starts[b] = first_row;
+        if (b + 1 == p.batch_size) starts[b + 1] = first_row + q_len;
+      }
+      lengths[b] = length;
+      const request_t r = Request<C>(p, length, first_row, q_len);
       steps = r.steps * r.blocks * p.num_kv_heads;
     }
     steps = scan(steps, total);
-    if (base + tid < p.batch_size) prefix[base + tid + 1] = steps;
+    if (b < p.batch_size) prefix[b + 1] = steps;
   }
   if (tid == 0) prefix[0] = 0;
 
@@ -127,22 +146,29 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   // rounding would cost more than a tenth.
   int item_ctas = 0, first_cta_of_item = 0, begin = 0, end = 0;
   if (p.batch_size <= C::kMaxAligned) {
-    int mine = 0, longest = 0, given = 0, items = 0;
-    if (tid < p.batch_size) {
-      const request_t r = Request<C>(p, tid);
-      items = r.blocks * p.num_kv_heads;
-      mine = max(1, static_cast<int>(static_cast<int64_t>(ctas) * r.steps / max(total, 1)));
-      longest = items > 0 ? (r.steps + mine - 1) / mine : 0;
+    int given = 0;
+    bool uneven = false;
+    for (int base = 0; base < p.batch_size; base += C::kThreads) {
+      const int b = base + tid;
+      int want = 0;
+      if (b < p.batch_size) {
+        const request_t r = request(b);
+        const int items = r.blocks * p.num_kv_heads;
+        const int each =
+            max(1, static_cast<int>(static_cast<int64_t>(ctas) * r.steps / max(total, 1)));
+        want = items * each;
+        uneven |= items > 0 && (r.steps + each - 1) / each > total / max(ctas, 1) * 11 / 10 + 1;
+      }
+      want = scan(want, given);
+      if (b < p.batch_size) cta_prefix[b + 1] = want;
     }
-    const int last = scan(items * mine, given);
-    if (tid < p.batch_size) cta_prefix[tid + 1] = last;
     if (tid == 0) cta_prefix[0] = 0;
-    longest = __syncthreads_or(given > ctas || longest > total / max(ctas, 1) * 11 / 10 + 1);
-    if (!longest) {
+    uneven = __syncthreads_or(uneven || given > ctas);
+    if (!uneven) {
       if (cta >= given) return;
       int b = 0;
       while (cta_prefix[b + 1] <= cta) ++b;
-      const request_t r = Request<C>(p, b);
+      const request_t r = request(b);
       item_ctas = (cta_prefix[b + 1] - cta_prefix[b]) / (r.blocks * p.num_kv_heads);
       const int item = (cta - cta_prefix[b]) / item_ctas;
       first_cta_of_item = cta_prefix[b] + item * item_ctas;
@@ -173,31 +199,35 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   // --- the ring; sources of the next steps are looked up by all lanes at once
   constexpr int kPerLook = 32 / kTiles;
   const int tiles_per_page = p.kv.page_size / kTokensPerTile;
+  // Tiles of a page lie together: one copy brings what a step has of them, if pages are so large.
+  const int run = tiles_per_page % kTiles == 0   ? kTiles
+                  : tiles_per_page == kTiles / 2 ? kTiles / 2
+                                                 : 1;
   // The page of a step comes from the page table and its slot from another table, by its page:
   // loads whose latencies would add up. So pages are read two looks ahead and slots one.
   struct place_t {
-    int page = -1;      // -1: there is nothing to read
-    int head_tile = 0;  // head << 20 | tile of the page
+    int page;       // -1: there is nothing to read
+    int head_tile;  // head << 20 | tile of the page
   };
-  auto look = [&](int chunk) {
-    place_t place;
+  auto look = [&](int chunk, place_t& place) {
+    place.page = -1, place.head_tile = 0;
+    if (chunk * kPerLook >= own) return;
     const int i = chunk * kPerLook + lane / kTiles;  // of this warp's steps
-    if (lane >= kPerLook * kTiles || i >= own) return place;
     const int step = begin + warp + kWarps * i;
     const int b = find(step);
-    const request_t r = Request<C>(p, b);
-    const int x = step - prefix[b], item = x / r.steps;
-    const int tile = (r.first_step + x - item * r.steps) * kTiles + lane % kTiles;
-    if (tile * kTokensPerTile >= r.length) return place;
-    const int page_of_request = tile / tiles_per_page;
-    place.page = __ldg(p.kv.page_table + TableEntry(p.kv, b, page_of_request));
-    place.head_tile = item / r.blocks << 20 | (tile - page_of_request * tiles_per_page);
-    return place;
+    const request_t r = request(b);
+    const int x = step - prefix[b], item = Quotient(x, r.steps);
+    const int tile = (r.first_step + r.steps - 1 - (x - item * r.steps)) * kTiles + lane % kTiles;
+    const int page_of_request = Quotient(tile, tiles_per_page);
+    const bool valid = lane < kPerLook * kTiles && i < own && tile * kTokensPerTile < r.length;
+    place.head_tile = Quotient(item, r.blocks) << 20 | (tile - page_of_request * tiles_per_page);
+    place.page = ptx::LoadIf(valid, p.kv.page_table + TableEntry(p.kv, b, page_of_request), -1);
   };
   auto slot_of = [&](const place_t& place) {
-    if (p.kv.tile_slots == nullptr || place.page < 0) return -1;
-    return __ldg(p.kv.tile_slots + static_cast<int64_t>(place.page) * tiles_per_page +
-                 (place.head_tile & 0xFFFFF));
+    return ptx::LoadIf(p.kv.tile_slots != nullptr && place.page >= 0,
+                       p.kv.tile_slots + static_cast<int64_t>(place.page) * tiles_per_page +
+                           (place.head_tile & 0xFFFFF),
+                       -1);
   };
   auto source_of = [&](const place_t& place, int slot) -> const uint8_t* {
     if (place.page < 0 || slot >= 0) return nullptr;  // what is kept in 16 bits is not brought
@@ -210,36 +240,50 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   ring.barriers = ptx::SharedAddress(barriers + warp * num_stages);
   ring.slots = slots + warp * kMaxStages * kTiles;
   ring.num_stages = num_stages;
-  place_t place = look(0), after = look(1);
-  int slot = slot_of(place), after_slot = -1, source_head = place.head_tile >> 20;
-  const uint8_t* source = source_of(place, slot);
-  place = after, after_slot = slot_of(place), after = look(2);
-  unsigned issued = 0;
+  place_t place, after;
+  look(0, place), look(1, after);
+  int slot = slot_of(place), after_slot, source_head = place.head_tile >> 20;
+  // The first steps are brought before it is known whether they are kept in 16 bits.
+  const uint8_t* source = source_of(place, -1);
+  place = after, after_slot = slot_of(place);
+  look(2, after);
+  int issued = 0;
+  auto note = [&](int stage) {
+    const int tile = lane - issued % kPerLook * kTiles;
+    if (p.kv.tile_slots != nullptr && tile >= 0 && tile < kTiles) {
+      ring.slots[stage * kTiles + tile] = slot;
+      if (C::kBulk && slot >= 0) {
+        ptx::BulkPrefetch(
+            p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
+                              (2 * kTokensPerTile * kHeadDim),
+            4 * kTokensPerTile * kHeadDim);
+      }
+    }
+    if (++issued % kPerLook == 0) {
+      source = source_of(place, after_slot), slot = after_slot;
+      source_head = place.head_tile >> 20;
+      place = after, after_slot = slot_of(place);
+      look(issued / kPerLook + 2, after);
+    }
+  };
   auto issue = [&](int stage) {
-    if (static_cast<int>(issued) < own) {
-      const unsigned first = issued % kPerLook * kTiles;
-      if (p.kv.tile_slots != nullptr && lane - first < kTiles) {
-        ring.slots[stage * kTiles + lane - first] = slot;
-        if (C::kBulk && slot >= 0) {
-          ptx::BulkPrefetch(
-              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
-                                (2 * kTokensPerTile * kHeadDim),
-              4 * kTokensPerTile * kHeadDim);
-        }
-      }
-      ring.Issue(stage, source, first, lane);
-      if (++issued % kPerLook == 0) {
-        source = source_of(place, after_slot), slot = after_slot;
-        source_head = place.head_tile >> 20;
-        place = after, after_slot = slot_of(place);
-        after = look(issued / kPerLook + 2);
-      }
+    if (issued < own) {
+      ring.Issue(stage, source, issued % kPerLook * kTiles, lane, run);
+      note(stage);
     }
     // A group even when nothing is left, so that waiting for all but one means the oldest.
     if constexpr (!C::kBulk) ptx::AsyncCommit();
   };
+  const int first_steps = min(min(num_stages, kPerLook), own);
 #pragma unroll 1
-  for (int i = 0; i < num_stages; ++i) issue(i);
+  for (int i = 0; i < first_steps; ++i) {
+    ring.Issue(i, source, i * kTiles, lane, run);
+    if constexpr (!C::kBulk) ptx::AsyncCommit();
+  }
+#pragma unroll 1
+  for (int i = 0; i < first_steps; ++i) note(i);
+#pragma unroll 1
+  for (int i = first_steps; i < num_stages; ++i) issue(i);
 
   const table_t k_table =
       MakeTable<C::kKBits, C::kSumTables ? bytes_t::kSignedSum : bytes_t::kSigned>(p.k_codebook);
@@ -249,7 +293,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   const uint32_t k_signs = LaneSigns<kLane>(p.k_signs, lane);
   const uint32_t v_signs = LaneSigns<kLane>(p.v_signs, lane);
   const float k_unit = exp2f(-p.k_codebook.frac_bits) *
-                       (K::kKind == expand_t::kUniform2 ? p.k_codebook.magnitudes[0] : 1);
+                       (K::kKind == expand_t::kUniform2 ? 2 * p.k_codebook.magnitudes[0] : 1);
   const float v_unit = exp2f(-p.v_codebook.frac_bits) *
                        (V::kKind == expand_t::kUniform2 ? 2 * p.v_codebook.magnitudes[0] : 1);
   const bool capped = p.logits_soft_cap > 0, centred = p.k_offset_rotated != nullptr;
@@ -257,11 +301,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   const int row0 = kHalves == 1 ? g + (t >> 1) * 8 : g;
   const int term_weight = t < 2 ? 256 : 1;
 
-  int own_step = begin + warp;
+  int own_step = begin + warp, unflushed = 0;
 #pragma unroll 1
   for (int item_begin = begin; item_begin < end;) {
     const int b = find(item_begin);
-    const request_t r = Request<C>(p, b);
+    const request_t r = request(b);
     const int x0 = item_begin - prefix[b], item = x0 / r.steps, step0 = x0 - item * r.steps;
     const int head = item / r.blocks, block = item - head * r.blocks;
     const int item_end = min(end, item_begin + r.steps - step0);
@@ -308,17 +352,23 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       if (!(largest > 0)) largest = 1;
       constexpr float kTop = 127.f * 256.f;
       const float inverse = kTop / largest;
-      int sum = 0;
+      int sum = 0, q[kLane];
+#pragma unroll
+      for (int i = 0; i < kLane; ++i) sum += q[i] = __float2int_rn(x[i] * inverse);
+      sum = __reduce_add_sync(~0u, sum);
+      if constexpr (K::kKind == expand_t::kUniform2) {
+        // half of three times the sum is subtracted from every product, see `first`
+        if (lane == 0) q[0] += sum & 1;
+        sum += sum & 1;
+      }
 #pragma unroll
       for (int i = 0; i < kLane; ++i) {
-        const int j = lane * kLane + i, q = __float2int_rn(x[i] * inverse), high = (q + 128) >> 8;
+        const int j = lane * kLane + i, high = (q[i] + 128) >> 8;
         const int at = c * kHeadDim + K::QueryByte(j);
         query[at] = high;
-        query[kColumns * kHeadDim + at] = q - 256 * high;
+        query[kColumns * kHeadDim + at] = q[i] - 256 * high;
         rows[c * kHeadDim + j] = x[i];
-        sum += q;
       }
-      sum = __reduce_add_sync(~0u, sum);
       if (lane == 0) {
         // columns without a row see what the last row sees, so that they never call for masking
         const int position = own_position + min(row, r.rows - 1) / group;
@@ -348,18 +398,29 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
         }
       }
     }
-    float unit[kNB][2];
-    int sums[kNB][2];
+    float unit[kNB][2], slack[kNB][2];
+    int first[kNB][C::kTerms][2];  // what sums of products start from
     auto column = [&](int n, int x) { return (n * 8 + 2 * t + x) & (kColumns - 1); };
 #pragma unroll
     for (int n = 0; n < kNB; ++n) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
         unit[n][x] = capped ? 1.f : query_scale[column(n, x)];
-        sums[n][x] = query_sum[column(n, x)];
+        slack[n][x] = kSlack / unit[n][x];
+        const int sum = query_sum[column(n, x)];
+        const int lacking = K::kKind == expand_t::kUniform2         ? -(sum / 2 * 3)
+                            : K::kKind == expand_t::kSignMagnitude5 ? sum
+                                                                    : 0;
+#pragma unroll
+        for (int term = 0; term < C::kTerms; ++term) {
+          const bool is_low = C::kTerms == 1 ? t >= 2 : term == 1;
+          first[n][term][x] = is_low ? lacking : 0;
+        }
       }
     }
-    const int step_shift = r.first_step + step0 - item_begin;  // from the line to the request
+    // Steps of an item go from the newest to the oldest: what is kept in 16 bits, mostly among the
+    // newest, is in L2 when the warps come to it in the end.
+    const int newest_step = r.first_step + r.steps - 1 - step0 + item_begin;
     state_t<C> state;
     state.Reset();
     const float cap = p.logits_soft_cap * kLog2E, inverse_cap = capped ? 2 / p.logits_soft_cap : 0;
@@ -419,7 +480,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       float s[1][kNB][2 * kHalves], none[1][kHalves] = {};
 #pragma unroll
       for (int n = 0; n < kNB; ++n) {
-        float dots[4] = {0, 0, 0, 0};
+        float dots[4] = {0, 0, 0, 0}, more[4] = {0, 0, 0, 0};  // two chains
         const float* q = rows + ((n * 8 + g) & (kColumns - 1)) * kHeadDim;
 #pragma unroll
         for (int k = 0; k < kLoads; ++k) {
@@ -433,15 +494,27 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
             high[i] = *reinterpret_cast<const uint32_t*>(&h);
             low[i] = PackHalf2(q[j + 2 * i] - __low2float(h), q[j + 2 * i + 1] - __high2float(h));
           }
-          ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
-          ptx::MmaF16(dots, x.z, y.z, x.w, y.w, high[2], high[3]);
-          ptx::MmaF16(dots, x.x, y.x, x.y, y.y, low[0], low[1]);
-          ptx::MmaF16(dots, x.z, y.z, x.w, y.w, low[2], low[3]);
+          if constexpr (kColumns == 4) {  // low terms have columns 4 to 7
+#pragma unroll
+            for (int i = 0; i < 4; ++i) high[i] = g < 4 ? high[i] : low[i];
+            ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
+            ptx::MmaF16(more, x.z, y.z, x.w, y.w, high[2], high[3]);
+          } else {
+            ptx::MmaF16(dots, x.x, y.x, x.y, y.y, high[0], high[1]);
+            ptx::MmaF16(more, x.x, y.x, x.y, y.y, low[0], low[1]);
+            ptx::MmaF16(dots, x.z, y.z, x.w, y.w, high[2], high[3]);
+            ptx::MmaF16(more, x.z, y.z, x.w, y.w, low[2], low[3]);
+          }
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dots[e] += more[e];
 #pragma unroll
         for (int e = 0; e < 2 * kHalves; ++e) {
           float x = dots[e];
-          if constexpr (kHalves == 1) x = t < 2 ? dots[e] : dots[2 + e];
+          if constexpr (kHalves == 1) {
+            const float give = t < 2 ? dots[2 + e] : dots[e];
+            x = (t < 2 ? dots[e] : dots[2 + e]) + __shfl_xor_sync(~0u, give, 2);
+          }
           x *= p.sm_scale * kLog2E;
           s[0][n][e] = capped ? soft_cap(x) : __fdividef(x, unit[n][e & 1]);
         }
@@ -449,7 +522,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) mask(s[0], token0 + half * 8 + row0, half);
       uint32_t pb[1][kNB][2];
-      state.template Softmax<1, true>(s, none, unit, pb);
+      state.template Softmax<1, true>(s, none, unit, slack, pb);
       const float gain = state.v_gain / (v_unit * kWindowGain);
 #pragma unroll
       for (int section = 0; section < V::kSections; ++section) {
@@ -497,14 +570,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       int pass_end = item_end, first_segment = 0;
       if (p.k_offset_rotated != nullptr) {
         // --- scores of the offsets of K in this stretch: a warp a segment
-        const int at = r.first_step + step0 + pass_begin - item_begin;
-        first_segment = at * C::kStepTokens / kTokensPerSegment;
-        const int64_t segments_end =
-            static_cast<int64_t>(first_segment + kSegmentsPerPass) * kTokensPerSegment;
-        pass_end = min(item_end, pass_begin + static_cast<int>(segments_end / C::kStepTokens) - at);
-        const int last_token = (at + pass_end - pass_begin) * C::kStepTokens - 1;
-        const int segments =
-            min(last_token / kTokensPerSegment, p.num_segments - 1) - first_segment + 1;
+        const int newest = newest_step - pass_begin;  // step of the request
+        const int last_segment = (newest * C::kStepTokens + C::kStepTokens - 1) / kTokensPerSegment;
+        first_segment = max(0, last_segment - kSegmentsPerPass + 1);
+        pass_end = min(item_end, pass_begin + newest + 1 -
+                                     first_segment * (kTokensPerSegment / C::kStepTokens));
+        const int oldest = newest_step - (pass_end - 1);
+        first_segment = max(first_segment, oldest * C::kStepTokens / kTokensPerSegment);
+        const int segments = min(last_segment, p.num_segments - 1) - first_segment + 1;
         __syncthreads();
         // Segments whose loads are in flight together; with four rows each, a lane a sum.
         constexpr int kAtOnce = kLane <= 4 ? 8 : 32 / kLane, kSums = 4 * kAtOnce;
@@ -549,19 +622,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 #pragma unroll 1
         for (; own_step < pass_end && num_pending <= kPending - kTiles; own_step += kWarps) {
           const uint8_t* stage = ring.Wait();
-          const int token0 = (own_step + step_shift) * C::kStepTokens;
+          const int token0 = (newest_step - own_step) * C::kStepTokens;
           // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
           unsigned kept = 0;
           if (p.kv.tile_slots != nullptr) {
-#pragma unroll
-            for (int i = 0; i < kTiles; ++i) {
-              const int slot = ring.slots[ring.read * kTiles + i];
-              if (slot >= 0) {
-                if (lane == 0)
-                  pending[warp][num_pending] = make_int2(slot, token0 + i * kTokensPerTile);
-                ++num_pending;
-                kept |= 1u << i;
+            const int kept_slot = lane < kTiles ? ring.slots[ring.read * kTiles + lane] : -1;
+            kept = __ballot_sync(~0u, kept_slot >= 0);
+            if (kept != 0) {
+              if (kept_slot >= 0) {
+                pending[warp][num_pending + __popc(kept & ((1u << lane) - 1))] =
+                    make_int2(kept_slot, token0 + lane * kTokensPerTile);
               }
+              num_pending += __popc(kept);
             }
           }
           if (kept != (1u << kTiles) - 1) {
@@ -598,8 +670,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                     for (int term = 0; term < C::kTerms; ++term) {
                       const uint32_t b0 = qb[n][term][at], b1 = qb[n][term][at + 1];
                       if (at == 0) {
-                        ptx::MmaS8First(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
-                                        a[1][2 * q + 1], b0, b1);
+                        ptx::MmaS8From(acc[n][term], first[n][term], a[0][2 * q], a[1][2 * q],
+                                       a[0][2 * q + 1], a[1][2 * q + 1], b0, b1);
                       } else {
                         ptx::MmaS8(acc[n][term], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1],
                                    a[1][2 * q + 1], b0, b1);
@@ -634,69 +706,71 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                     } else {
                       dot = acc[n][0][2 * half + x] * 256 + acc[n][C::kTerms - 1][2 * half + x];
                     }
-                    if constexpr (K::kKind == expand_t::kUniform2) dot = 2 * dot - 3 * sums[n][x];
-                    if constexpr (K::kKind == expand_t::kSignMagnitude5) dot += sums[n][x];
                     s[i][n][2 * half + x] = fmaf(static_cast<float>(dot), k_scale, offset[n][x]);
                   }
                 }
               }
             }
-            // Few tokens are stored uncentred.
-            if (has_offset && __any_sync(~0u, marks & 0x8000u)) {
+            // What few steps need is behind one branch.
+            const bool uncentred = has_offset && __any_sync(~0u, marks & 0x8000u);
+            const bool masked = token0 + C::kStepTokens > item_limits.y || token0 < item_limits.x;
+            if (uncentred || masked || capped || kept != 0) {
+              if (uncentred) {
 #pragma unroll
-              for (int i = 0; i < kTiles; ++i) {
+                for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int half = 0; half < kHalves; ++half) {
-                  const uint8_t* at = stage + i * C::kTile + kScales + (row0 + half * 8) * 4;
-                  if (*reinterpret_cast<const uint32_t*>(at) & 0x8000u) {
+                  for (int half = 0; half < kHalves; ++half) {
+                    const uint8_t* at = stage + i * C::kTile + kScales + (row0 + half * 8) * 4;
+                    if (*reinterpret_cast<const uint32_t*>(at) & 0x8000u) {
 #pragma unroll
-                    for (int n = 0; n < kNB; ++n) {
-                      s[i][n][2 * half] -= offset[n][0], s[i][n][2 * half + 1] -= offset[n][1];
+                      for (int n = 0; n < kNB; ++n) {
+                        s[i][n][2 * half] -= offset[n][0], s[i][n][2 * half + 1] -= offset[n][1];
+                      }
                     }
                   }
                 }
               }
-            }
-            if (capped) {
+              if (capped) {
 #pragma unroll
-              for (int i = 0; i < kTiles; ++i) {
+                for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int n = 0; n < kNB; ++n) {
+                  for (int n = 0; n < kNB; ++n) {
 #pragma unroll
-                  for (int e = 0; e < 2 * kHalves; ++e) {
-                    s[i][n][e] = soft_cap(s[i][n][e] * query_scale[column(n, e & 1)]);
+                    for (int e = 0; e < 2 * kHalves; ++e) {
+                      s[i][n][e] = soft_cap(s[i][n][e] * query_scale[column(n, e & 1)]);
+                    }
                   }
                 }
               }
-            }
-            if (token0 + C::kStepTokens > item_limits.y || token0 < item_limits.x) {
+              if (masked) {
 #pragma unroll
-              for (int i = 0; i < kTiles; ++i) {
+                for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-                for (int half = 0; half < kHalves; ++half) {
-                  const int token = token0 + i * kTokensPerTile + half * 8 + row0;
-                  mask(s[i], token, half);
-                  // what was never written may be anything
-                  if (token >= item_limits.z) v_scale[i][half] = 0;
+                  for (int half = 0; half < kHalves; ++half) {
+                    const int token = token0 + i * kTokensPerTile + half * 8 + row0;
+                    mask(s[i], token, half);
+                    // what was never written may be anything
+                    if (token >= item_limits.z) v_scale[i][half] = 0;
+                  }
                 }
               }
-            }
-            if (kept != 0) {
+              if (kept != 0) {
 #pragma unroll
-              for (int i = 0; i < kTiles; ++i) {
-                if (!(kept >> i & 1)) continue;
+                for (int i = 0; i < kTiles; ++i) {
+                  if (!(kept >> i & 1)) continue;
 #pragma unroll
-                for (int half = 0; half < kHalves; ++half) {
-                  v_scale[i][half] = 0;
+                  for (int half = 0; half < kHalves; ++half) {
+                    v_scale[i][half] = 0;
 #pragma unroll
-                  for (int n = 0; n < kNB; ++n)
-                    s[i][n][2 * half] = s[i][n][2 * half + 1] = -INFINITY;
+                    for (int n = 0; n < kNB; ++n)
+                      s[i][n][2 * half] = s[i][n][2 * half + 1] = -INFINITY;
+                  }
                 }
               }
             }
 
             uint32_t pb[kTiles][kNB][2];
-            state.template Softmax<kTiles, false>(s, v_scale, unit, pb);
+            state.template Softmax<kTiles, false>(s, v_scale, unit, slack, pb);
 
             // --- O[coordinate, column] += V[coordinate, token] P[token, column]
 #pragma unroll
@@ -733,7 +807,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
           issue(ring.read);  // the stage just read
           ring.Advance();
           if constexpr (V::kKind != expand_t::kUniform2) {
-            if (((own_step / kWarps) & (kFlushSteps - 1)) == 0) state.Flush();
+            if (++unflushed == kFlushSteps) state.Flush(), unflushed = 0;
           }
         }
         if (own_step >= pass_end) break;

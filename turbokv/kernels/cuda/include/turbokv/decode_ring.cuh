@@ -23,21 +23,36 @@ struct ring_t {
   int num_stages;
   int read = 0, parity = 0;
 
-  /*! \brief Start to bring a step. Lane `first + i` knows the source of tile i (null: nothing). */
-  __device__ __forceinline__ void Issue(int stage, const uint8_t* source, int first, int lane) {
-    const uint8_t* from[C::kTiles];
-    int bytes = 0;
-#pragma unroll
-    for (int i = 0; i < C::kTiles; ++i) {
-      from[i] = reinterpret_cast<const uint8_t*>(
-          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(source), first + i));
-      if (from[i] != nullptr) bytes += C::kTile;
-    }
+  /*! \brief Start to bring a step. Lane `first + i` knows the source of tile i (null: nothing); of
+   * a whole step every `run` tiles are neighbours. */
+  __device__ __forceinline__ void Issue(int stage, const uint8_t* source, int first, int lane,
+                                        int run) {
+    constexpr uint32_t kAll = (1u << C::kTiles) - 1;
+    const uint32_t present = __ballot_sync(~0u, source != nullptr) >> first & kAll;
     const uint32_t to = stages_address + stage * C::kStepBytes;
+    auto source_of = [&](int i) {
+      return reinterpret_cast<const uint8_t*>(
+          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(source), first + i));
+    };
+    if (C::kBulk && run > 1 && present == kAll) {
+      const uint32_t barrier = barriers + 8 * stage;
+      const bool leads = ptx::ElectOne();
+      if (leads) ptx::BarrierArriveExpect(barrier, C::kStepBytes);
+#pragma unroll 1
+      for (int i = 0; i < C::kTiles; i += run) {
+        const uint8_t* from = source_of(i);
+        if (leads) ptx::BulkCopy(to + i * C::kTile, from, run * C::kTile, barrier);
+      }
+      __syncwarp();
+      return;
+    }
+    const uint8_t* from[C::kTiles];
+#pragma unroll
+    for (int i = 0; i < C::kTiles; ++i) from[i] = source_of(i);
     if constexpr (C::kBulk) {
       if (ptx::ElectOne()) {
         const uint32_t barrier = barriers + 8 * stage;
-        ptx::BarrierArriveExpect(barrier, bytes);
+        ptx::BarrierArriveExpect(barrier, __popc(present) * C::kTile);
 #pragma unroll
         for (int i = 0; i < C::kTiles; ++i) {
           if (from[i] != nullptr) ptx::BulkCopy(to + i * C::kTile, from[i], C::kTile, barrier);

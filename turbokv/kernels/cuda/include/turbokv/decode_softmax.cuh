@@ -40,12 +40,12 @@ struct state_t {
   }
 
   /*! \brief Turn scores into probabilities, times V's scales, as B operands: tokens along k. `unit`
-   * turns scores into powers of two. Without V scales (WINDOW) probabilities are multiplied by
-   * kWindowGain. */
+   * turns scores into powers of two, `slack` is kSlack in scores. Without V scales (WINDOW)
+   * probabilities are multiplied by kWindowGain. */
   template <int TILES, bool WINDOW>
   __device__ __forceinline__ void Softmax(const float (&s)[TILES][kNB][2 * kHalves],
                                           const float (&v_scale)[TILES][kHalves],
-                                          const float (&unit)[kNB][2],
+                                          const float (&unit)[kNB][2], const float (&slack)[kNB][2],
                                           uint32_t (&pb)[TILES][kNB][2]) {
     float top[kNB][2], v_largest = 0;
     bool grows = false;
@@ -61,7 +61,7 @@ struct state_t {
             top[n][x] = fmaxf(top[n][x], s[i][n][2 * half + x]);
           }
         }
-        grows |= top[n][x] > m[n][x];
+        grows |= top[n][x] > m[n][x] + slack[n][x];
       }
     }
     if constexpr (!WINDOW) {

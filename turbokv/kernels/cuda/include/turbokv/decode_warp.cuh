@@ -88,6 +88,16 @@ __device__ __forceinline__ uint32_t LaneSigns(const uint32_t (&signs)[16], int l
   return word >> (lane * N % 32);
 }
 
+/*! \brief x / y of integers, x >= 0 and y > 0, for quotients below 2^21: a third of the
+ * instructions of a division. */
+__device__ __forceinline__ int Quotient(int x, int y) {
+  int q = static_cast<int>(__fdividef(static_cast<float>(x), static_cast<float>(y)));
+  const int rest = x - q * y;
+  q += rest >= y ? 1 : 0;
+  q -= rest < 0 ? 1 : 0;
+  return q;
+}
+
 __device__ __forceinline__ uint32_t PackHalf2(float a, float b) {
   const __half2 x = __floats2half2_rn(a, b);
   return *reinterpret_cast<const uint32_t*>(&x);

@@ -41,6 +41,16 @@ __device__ __forceinline__ void MmaS8First(int (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(from));
 }
 
+/*! \brief The same from a number for each of a lane's two columns. */
+__device__ __forceinline__ void MmaS8From(int (&c)[4], const int (&from)[2], uint32_t a0,
+                                          uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                          uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%11,%10,%11};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(from[0]), "r"(from[1]));
+}
+
 /*! \brief c[16x8] += a[16x16] * b[16x8], fp16 with fp32 accumulators. */
 __device__ __forceinline__ void MmaF16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                        uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -150,6 +160,23 @@ __device__ __forceinline__ void BulkPrefetch(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 #endif
+}
+
+/*! \brief The integer at `from` if `valid`, else `otherwise`: without a branch, behind which the
+ * value would be copied and so waited for. */
+__device__ __forceinline__ int LoadIf(bool valid, const int32_t* from, int otherwise) {
+  int x = otherwise;
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.s32 valid, %2, 0;\n"
+      "@valid ld.global.nc.b32 %0, [%1];\n"
+      "}"
+      : "+r"(x)
+      : "l"(from), "r"(static_cast<int>(valid)));
+#endif
+  return x;
 }
 
 // --- 16-byte asynchronous copies: sm_80 and up
