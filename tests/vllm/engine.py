@@ -51,10 +51,11 @@ def engine(model: str, kv_cache_dtype: str = "auto", **overrides: Any) -> Iterat
     }
     if not on_cpu():
         settings["gpu_memory_utilization"] = 0.1  # only asked for, as the cache's size is given
-    if kv_cache_dtype == "auto":
-        overrides.pop("turbokv", None)
-    else:
-        settings["additional_config"] = {"turbokv": overrides.pop("turbokv", {})}
+    # FlashInfer's kernel for linear attention needs CUTLASS's Python package, which hosts may lack.
+    settings["additional_config"] = {"gdn_prefill_backend": "triton"}
+    ours = overrides.pop("turbokv", {})
+    if kv_cache_dtype != "auto":
+        settings["additional_config"]["turbokv"] = ours
     settings.update(overrides)
     _choose_backend(kv_cache_dtype)
     llm = LLM(**settings)
