@@ -283,6 +283,7 @@ def test_arguments_are_checked() -> None:
         ("body", "fast", ValueError),
         ("pages", arguments["pages"][..., :-16], ValueError),
         ("workspace", torch.zeros(16, dtype=torch.uint8, device=DEVICE), ValueError),
+        ("workspace", torch.zeros(1 << 24, dtype=torch.uint8, device=DEVICE)[8:], ValueError),
     ]:
         with pytest.raises(error, match=name):
             cuda.decode(**{**arguments, name: value})

@@ -599,6 +599,7 @@ def decode(
         _tensor(lse, "lse", (torch.float32,), (nnz, num_qo_heads), device)
     if workspace is not None:
         _packed(workspace, "workspace", (torch.uint8,), (None,), device)
+        _aligned(workspace, "workspace")
         # in traced code sizes may be symbols; the operator checks again, with less to say
         if not torch.compiler.is_compiling():
             needed = decode_workspace_bytes(
