@@ -108,7 +108,10 @@ def test_keys_are_centred_beyond_the_offsets_kept_at_a_time() -> None:
 
 
 def test_batches_of_4096() -> None:
-    check(Problem(Case(lens=tuple(i % 70 for i in range(4096)), num_kv_heads=1)))
+    lens = tuple(i % 70 for i in range(4096))
+    check(Problem(Case(lens=lens, num_kv_heads=1)))
+    # the most shared memory: requests no longer fit beside it
+    check(Problem(Case(lens=(*lens[:-1], 65_000), num_kv_heads=1, group_size=16, centred=True)))
 
 
 def test_more_ctas_than_steps_and_fewer() -> None:

@@ -37,21 +37,27 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
   }
   if (error != cudaSuccess) return error;
   // 1 KB is reserved for each CTA. A large batch or 256 segments of offsets may leave too little
-  // for all of them.
+  // for all of them; thousands of requests are then read from global memory where they are needed.
   int per_sm = 0, stages = 0, ctas = C::kCtas;
+  bool cached = true;
   error = cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   if (error != cudaSuccess) return error;
   for (;; --ctas) {
     const int share = per_sm / ctas - 1024;
-    const int room = (share < limit ? share : limit) - C::kStaticBytes - C::SharedBytes(0, p);
-    stages = room / (C::kWarps * C::kStepBytes);
-    if (stages >= 2 || ctas == 1) break;
+    const int room = (share < limit ? share : limit) - C::kStaticBytes;
+    stages = (room - C::SharedBytes(0, p, true)) / (C::kWarps * C::kStepBytes);
+    if (stages >= 2) break;
+    if (ctas == 1) {
+      cached = false;
+      stages = (room - C::SharedBytes(0, p, false)) / (C::kWarps * C::kStepBytes);
+      break;
+    }
   }
   stages = stages > kMaxStages ? kMaxStages : stages;
   // asynchronous copies wait for all but one group
   if (!C::kBulk && stages > 2) stages = 2;
   if (stages < 2) return cudaErrorInvalidConfiguration;
-  const int bytes = C::SharedBytes(stages, p);
+  const int bytes = C::SharedBytes(stages, p, cached);
   error = cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int grid = options.num_ctas > 0 ? options.num_ctas : ctas * sms;
@@ -69,9 +75,9 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
     config.gridDim = grid, config.blockDim = C::kThreads;
     config.dynamicSmemBytes = bytes, config.stream = stream;
     config.attrs = &overlap, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, DecodeKernel<C>, p, stages);
+    return cudaLaunchKernelEx(&config, DecodeKernel<C>, p, stages, cached);
   } else {
-    DecodeKernel<C><<<grid, C::kThreads, bytes, stream>>>(p, stages);
+    DecodeKernel<C><<<grid, C::kThreads, bytes, stream>>>(p, stages, cached);
     return cudaGetLastError();
   }
 }

@@ -121,11 +121,12 @@ struct config_t {
       kWarps * (kMaxStages * (8 + 4 * kTiles) + 8 * COLUMNS + 8 * kPending + 8) + 32 * COLUMNS +
       4 * (kMaxAligned + 1) + 256;
 
-  static int SharedBytes(int stages, const decode_params_t& p) {
+  /*! \param cached Whether requests are kept in shared memory, see DecodeKernel. */
+  static int SharedBytes(int stages, const decode_params_t& p, bool cached) {
     const int most = p.num_segments < kSegmentsPerPass ? p.num_segments : kSegmentsPerPass;
     const int segments = p.k_offset_rotated != nullptr ? most : 0;
-    // steps before a request, its tokens, and query rows before it
-    const int per_request = p.qo_indptr != nullptr ? 12 : 8;
+    // steps before a request; if cached its tokens, and query rows before it
+    const int per_request = !cached ? 4 : p.qo_indptr != nullptr ? 12 : 8;
     return kWarps * stages * kStepBytes + kWarps * kMergeRegs * 128 + COLUMNS * HEAD_DIM * 6 +
            segments * COLUMNS * 4 + (p.batch_size + 1) * per_request;
   }

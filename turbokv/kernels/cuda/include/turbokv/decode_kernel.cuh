@@ -36,7 +36,8 @@ namespace decode_detail {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kCtas)
-    DecodeKernel(const __grid_constant__ decode_params_t p, const int num_stages) {
+    DecodeKernel(const __grid_constant__ decode_params_t p, const int num_stages,
+                 const bool cached) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (C::kBulk) return;  // never launched there: leave nothing to compile
 #endif
@@ -78,8 +79,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     cursor += min(p.num_segments, kSegmentsPerPass) * kColumns * 4;
   }
   int* prefix = reinterpret_cast<int*>(cursor);  // [batch_size + 1], in steps
-  int* lengths = prefix + p.batch_size + 1;      // [batch_size + 1], the last unused
-  int* starts = lengths + p.batch_size + 1;      // [batch_size + 1] with qo_indptr: query rows
+  // If cached, so that nobody waits for global memory to know a request:
+  int* lengths = prefix + p.batch_size + 1;  // [batch_size + 1], the last unused
+  int* starts = lengths + p.batch_size + 1;  // [batch_size + 1] with qo_indptr: query rows
 
   const int group = p.num_qo_heads / p.num_kv_heads;
 
@@ -111,11 +113,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     __syncthreads();
     return before + x;
   };
-  // Afterwards nobody waits for global memory to know a request.
   auto request = [&](int b) {
-    int first_row = b * p.max_q_len, q_len = p.max_q_len;
-    if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
-    return Request<C>(p, lengths[b], first_row, q_len);
+    int length, first_row = b * p.max_q_len, q_len = p.max_q_len;
+    if (cached) {
+      length = lengths[b];
+      if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
+    } else {
+      length = RequestLength(p, b);
+      if (p.qo_indptr != nullptr) {
+        first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
+      }
+    }
+    return Request<C>(p, length, first_row, q_len);
   };
   int total = 0;
   for (int base = 0; base < p.batch_size; base += C::kThreads) {
@@ -126,10 +135,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       int first_row = 0, q_len = p.max_q_len;
       if (p.qo_indptr != nullptr) {
         first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
-        starts[b] = first_row;
-        if (b + 1 == p.batch_size) starts[b + 1] = first_row + q_len;
       }
-      lengths[b] = length;
+      if (cached) {
+        lengths[b] = length;
+        if (p.qo_indptr != nullptr) {
+          starts[b] = first_row;
+          if (b + 1 == p.batch_size) starts[b + 1] = first_row + q_len;
+        }
+      }
       const request_t r = Request<C>(p, length, first_row, q_len);
       steps = r.steps * r.blocks * p.num_kv_heads;
     }
