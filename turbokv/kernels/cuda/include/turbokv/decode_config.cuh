@@ -163,6 +163,16 @@ __device__ __forceinline__ request_t Request(const decode_params_t& p, int lengt
   return r;
 }
 
+/*! \brief The same, read from global memory. */
+template <class C>
+__device__ __forceinline__ request_t ReadRequest(const decode_params_t& p, int b) {
+  int first_row = b * p.max_q_len, q_len = p.max_q_len;
+  if (p.qo_indptr != nullptr) {
+    first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
+  }
+  return Request<C>(p, RequestLength(p, b), first_row, q_len);
+}
+
 }  // namespace decode_detail
 }  // namespace turbokv
 

@@ -114,36 +114,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     return before + x;
   };
   auto request = [&](int b) {
-    int length, first_row = b * p.max_q_len, q_len = p.max_q_len;
-    if (cached) {
-      length = lengths[b];
-      if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
-    } else {
-      length = RequestLength(p, b);
-      if (p.qo_indptr != nullptr) {
-        first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
-      }
-    }
-    return Request<C>(p, length, first_row, q_len);
+    if (!cached) return ReadRequest<C>(p, b);
+    int first_row = b * p.max_q_len, q_len = p.max_q_len;
+    if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
+    return Request<C>(p, lengths[b], first_row, q_len);
   };
   int total = 0;
   for (int base = 0; base < p.batch_size; base += C::kThreads) {
     const int b = base + tid;
     int steps = 0;
     if (b < p.batch_size) {
-      const int length = RequestLength(p, b);
-      int first_row = 0, q_len = p.max_q_len;
-      if (p.qo_indptr != nullptr) {
-        first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
-      }
+      const request_t r = ReadRequest<C>(p, b);
       if (cached) {
-        lengths[b] = length;
+        lengths[b] = r.length;
         if (p.qo_indptr != nullptr) {
-          starts[b] = first_row;
-          if (b + 1 == p.batch_size) starts[b + 1] = first_row + q_len;
+          starts[b] = r.first_row;
+          if (b + 1 == p.batch_size) starts[b + 1] = r.first_row + r.q_len;
         }
       }
-      const request_t r = Request<C>(p, length, first_row, q_len);
       steps = r.steps * r.blocks * p.num_kv_heads;
     }
     steps = scan(steps, total);
