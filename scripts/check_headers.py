@@ -23,6 +23,8 @@ DEVICE_ONLY = (
     "decode.cuh",
     "decode_config.cuh",
     "decode_kernel.cuh",
+    "decode_output.cuh",
+    "decode_query.cuh",
     "decode_ring.cuh",
     "decode_softmax.cuh",
     "decode_warp.cuh",

@@ -37,6 +37,8 @@ class Case:
     sinks: bool = False
     centred: bool = False
     kept: float = 0.0  # share of tiles that are kept in 16 bits
+    rising: float = 0.0  # K scales grow by so many powers of two to the oldest token
+    uneven: bool = False  # V scales over 16 powers of two, a fifth of them zero
     indptr: bool = False  # page table as indptr and indices
     strided: bool = False
     rotated_output: bool = False
@@ -78,6 +80,10 @@ class Problem:
         num_pages = sum(counts) + 2
         self.cache = PagedKVCache(self.codec, num_pages, heads, size)
         random_pages(self.cache, g)
+        if case.uneven:
+            v = self.scales()[..., 2:].view(torch.half)
+            v *= (torch.rand(v.shape, device=DEVICE, generator=g) * 16 - 10).exp2().half()
+            v *= (torch.rand(v.shape, device=DEVICE, generator=g) < 0.8).half()
         order = torch.randperm(num_pages, device=DEVICE, generator=g).int()
         starts = torch.tensor([0, *counts]).cumsum(0)
         self.kv_indptr = starts.int().to(DEVICE)
@@ -89,6 +95,7 @@ class Problem:
         for i, n in enumerate(counts):
             self.table[i, :n] = self.kv_indices[int(starts[i]) : int(starts[i]) + n]
         self.kv_lens = torch.tensor(case.lens, dtype=torch.int32, device=DEVICE)
+        self.raise_scores()
         self.last = torch.tensor(
             [(n - 1) % size + 1 if n else 0 for n in case.lens], dtype=torch.int32, device=DEVICE
         )
@@ -125,6 +132,18 @@ class Problem:
             self.tile_slots = slots
         self.expected, self.expected_lse = self.solve()
         self.poison()
+
+    def raise_scores(self) -> None:
+        """Multiply K scales, so that the maximum of scores goes on rising to the oldest tokens."""
+        if self.case.rising == 0:
+            return
+        k = self.scales()[..., :2].view(torch.half)
+        for row, length in zip(self.table, self.case.lens, strict=True):
+            position = torch.arange(length, device=DEVICE)
+            page = row[position // self.case.page_size].long()
+            token = position % self.case.page_size
+            factor = (self.case.rising * (1 - position / max(length, 1))).exp2().half()
+            k[page, :, token // 16, token % 16, 0] *= factor[:, None]
 
     def scales(self) -> Tensor:
         """Bytes of scales, ``[pages, heads, tiles, 16, (K, K, V, V)]``."""

@@ -31,19 +31,19 @@ TOLERANCE = 6e-4
 LSE_TOLERANCE = 2e-3  # a score of 30 times 2^-15, the query's rounding
 
 
-def check(problem: Any, arguments: dict[str, Any] | None = None) -> None:
+def check(problem: Any, arguments: dict[str, Any] | None = None, loose: float = 1) -> None:
     arguments = problem.arguments() if arguments is None else arguments
     cuda.decode(**arguments)
     torch.cuda.synchronize()
     out, lse, case = arguments["out"], arguments["lse"], problem.case
     assert not out.isnan().any(), f"not written, or NaN: {case}"
     error = (out - problem.expected).norm() / problem.expected.norm().clamp(min=1e-6)
-    assert error < TOLERANCE, f"error {error:.2e}: {case}"
+    assert error < loose * TOLERANCE, f"error {error:.2e}: {case}"
     finite = problem.expected_lse.isfinite()
     assert torch.equal(finite, lse.isfinite()), f"lse: {case}"
     if finite.any():
         worst = (lse - problem.expected_lse)[finite].abs().max()
-        assert worst < LSE_TOLERANCE, f"lse error {worst:.2e}: {case}"
+        assert worst < loose * LSE_TOLERANCE, f"lse error {worst:.2e}: {case}"
 
 
 @pytest.mark.parametrize("chunk", range(FUZZ_CHUNKS))
@@ -85,6 +85,38 @@ def test_every_preset(head_dim: int, pair: tuple[int, int], group_size: int, bod
 @pytest.mark.parametrize("pair", [(4, 4), (3, 3), (2, 2), (5, 3)])
 def test_every_feature(pair: tuple[int, int], features: dict[str, Any]) -> None:
     check(Problem(Case(k_bits=pair[0], v_bits=pair[1], **features)))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.2])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pair", [(4, 4), (2, 2), (5, 3)])
+def test_maxima_that_rise_and_values_of_all_sizes(
+    pair: tuple[int, int], head_dim: int, kept: float
+) -> None:
+    """Steps go from the newest token to the oldest: what they have summed is rescaled."""
+    shape = {"head_dim": head_dim, "k_bits": pair[0], "v_bits": pair[1], "group_size": 8}
+    for seed in range(4):
+        # scores are up to four times as large as elsewhere, and few tokens have most of the output
+        check(Problem(Case(**shape, rising=2, uneven=True, kept=kept, seed=seed)), loose=4)
+
+
+def test_values_of_zero_below_scores_out_of_reach() -> None:
+    """Probabilities beyond fp32, by the first maximum, of values that are zero."""
+    problem = Problem(Case(lens=(3000, 40)))
+    scales = problem.scales()
+    k, v = scales[..., :2].view(torch.half)[..., 0], scales[..., 2:].view(torch.half)[..., 0]
+    for request, oldest in ((0, 1000), (1, 17)):
+        for position in range(oldest):
+            page, token = int(problem.table[request, position // 16]), position % 16
+            k[page, :, 0, token] = 400
+            v[page, :, 0, token] = 0
+    problem.expected, problem.expected_lse = problem.solve()
+    arguments = problem.arguments()
+    cuda.decode(**arguments)
+    assert arguments["out"].isfinite().all()
+    assert torch.allclose(arguments["out"], problem.expected, atol=1e-4)
+    relative = (arguments["lse"] - problem.expected_lse).abs() / problem.expected_lse.abs()
+    assert relative.max() < 1e-3
 
 
 @pytest.mark.parametrize("requests", [31, 60, 90])

@@ -579,7 +579,7 @@ def decode(
             f" requests as qo_indptr is None, got {nnz}"
         )
     _count(window_left, "window_left", -1)
-    _count(num_ctas, "num_ctas", 0)
+    _count(num_ctas, "num_ctas", 0, 1 << 15)
     if body not in get_args(Body):
         raise ValueError(f"body: wanted one of {get_args(Body)}, got {body!r}")
     if not logits_soft_cap >= 0:
@@ -697,7 +697,7 @@ def decode_workspace_bytes(
     _count(num_qo_heads, "num_qo_heads", 1)
     _count(head_dim, "head_dim", _MIN_PADDED_DIM // 2 + 1, 512)
     _count(max_q_len, "max_q_len", 1)
-    _count(num_ctas, "num_ctas", 0)
+    _count(num_ctas, "num_ctas", 0, 1 << 15)
     if num_qo_heads % num_kv_heads:
         raise ValueError(
             f"num_qo_heads: wanted a multiple of num_kv_heads {num_kv_heads}, got {num_qo_heads}"

@@ -61,6 +61,7 @@ cudaError_t Launch(const decode_params_t& p, const decode_options_t& options, cu
   error = cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   const int grid = options.num_ctas > 0 ? options.num_ctas : ctas * sms;
+  if (grid > kMostCtas) return cudaErrorInvalidValue;
   const int group = p.num_qo_heads / p.num_kv_heads;
   const int64_t blocks = (p.max_q_len * group + C::kColumns - 1) / C::kColumns;
   const int64_t counters = (p.batch_size * p.num_kv_heads * blocks + 63) / 64 * 64;

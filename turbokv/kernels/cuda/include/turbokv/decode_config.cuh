@@ -59,21 +59,24 @@ namespace decode_detail {
 
 constexpr int kSegmentsPerPass = 256;  // offsets kept in shared memory at a time
 constexpr int kMaxStages = 8;
-constexpr int kMaxCtas = 4;     // of a multiprocessor
-constexpr int kFlushSteps = 4;  // how long the correction of V's offset may wait, see Flush
+constexpr int kMaxCtas = 4;         // of a multiprocessor
+constexpr int kMostCtas = 1 << 15;  // of a launch, see Share
+constexpr int kFlushSteps = 4;      // how long the correction of V's offset may wait, see Flush
 // Tiles kept in 16 bits that a warp collects before it attends to them alone; at the end of an item
 // all warps share what is left.
 constexpr int kPending = 16;
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kNever = -1e30f;               // a running maximum that has seen nothing
-constexpr float kLowestTop = 1.f / (1 << 30);  // below every positive fp16
+constexpr float kNever = -1e30f;  // a running maximum that has seen nothing
+constexpr int kLowestTopExponent = 30;
+constexpr float kLowestTop = 1.f / (1 << kLowestTopExponent);  // below every positive fp16
 constexpr float kWindowGain = 1024.f;
-// Maxima are raised only when a score exceeds the last one by more: so rarely that it costs
-// nothing.
-constexpr float kSlack = 4;  // a power of two: 16
-// Probabilities times V scales stay below 2 to this and kSlack, inside fp16 and far from its
-// subnormals.
+// Maxima are raised to those seen only when a probability times a V scale, which with them is at
+// most 2 to kTopExponent, exceeds kMostProduct: so rarely that it costs nothing. Both are inside
+// fp16 and far from its subnormals. The sum of probabilities is watched as well, for V scales of
+// zero.
 constexpr int kTopExponent = 11;
+constexpr uint32_t kMostProduct = (15 + 15) << 10;  // bits of 2^15 in fp16
+constexpr float kMostSum = 1.2e24f;                 // 2^80: fp32 has room for more
 
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, bool BULK, int CTAS>
 struct config_t {
@@ -118,8 +121,8 @@ struct config_t {
 
   // Static shared memory is a little less.
   static constexpr int kStaticBytes =
-      kWarps * (kMaxStages * (8 + 4 * kTiles) + 8 * COLUMNS + 8 * kPending + 8) + 32 * COLUMNS +
-      4 * (kMaxAligned + 1) + 256;
+      kWarps * (kMaxStages * (8 + 4 * kTiles) + 256 + 8 * COLUMNS + 8 * kPending + 8) +
+      32 * COLUMNS + 4 * (kMaxAligned + 1) + 256;
 
   /*! \param cached Whether requests are kept in shared memory, see DecodeKernel. */
   static int SharedBytes(int stages, const decode_params_t& p, bool cached) {
@@ -145,15 +148,16 @@ __device__ __forceinline__ int RequestLength(const decode_params_t& p, int b) {
   return pages > 0 ? max((pages - 1) * p.kv.page_size + __ldg(p.kv.kv_last_page_len + b), 0) : 0;
 }
 
-/*! \brief What a request means, by its tokens and the position of its query rows. */
+/*! \brief What a request means, by its tokens and the position of its query rows; `group` query
+ * heads share a KV head. */
 template <class C>
-__device__ __forceinline__ request_t Request(const decode_params_t& p, int length, int first_row,
-                                             int q_len) {
+__device__ __forceinline__ request_t Request(const decode_params_t& p, int group, int length,
+                                             int first_row, int q_len) {
   request_t r;
   r.length = length;
   r.first_row = first_row;
   r.q_len = q_len;
-  r.rows = r.q_len * (p.num_qo_heads / p.num_kv_heads);
+  r.rows = r.q_len * group;
   r.blocks = (r.rows + C::kColumns - 1) / C::kColumns;
   const int begin = p.window_left >= 0 ? max(0, r.length - r.q_len - p.window_left) : 0;
   r.first_step = begin / C::kStepTokens;
@@ -163,14 +167,12 @@ __device__ __forceinline__ request_t Request(const decode_params_t& p, int lengt
   return r;
 }
 
-/*! \brief The same, read from global memory. */
-template <class C>
-__device__ __forceinline__ request_t ReadRequest(const decode_params_t& p, int b) {
-  int first_row = b * p.max_q_len, q_len = p.max_q_len;
-  if (p.qo_indptr != nullptr) {
-    first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
-  }
-  return Request<C>(p, RequestLength(p, b), first_row, q_len);
+/*! \brief Read a request from global memory; without qo_indptr leaves its query rows. */
+__device__ __forceinline__ void ReadRequest(const decode_params_t& p, int b, int& length,
+                                            int& first_row, int& q_len) {
+  length = RequestLength(p, b);
+  if (p.qo_indptr == nullptr) return;
+  first_row = __ldg(p.qo_indptr + b), q_len = __ldg(p.qo_indptr + b + 1) - first_row;
 }
 
 }  // namespace decode_detail

@@ -23,6 +23,8 @@
 
 #include "turbokv/codebook.cuh"
 #include "turbokv/decode_config.cuh"
+#include "turbokv/decode_output.cuh"
+#include "turbokv/decode_query.cuh"
 #include "turbokv/decode_ring.cuh"
 #include "turbokv/decode_softmax.cuh"
 #include "turbokv/decode_warp.cuh"
@@ -51,16 +53,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ __align__(8) uint64_t barriers[kWarps * kMaxStages];
   __shared__ int slots[kWarps * kMaxStages * kTiles];
-  __shared__ float warp_max[kWarps][kColumns], warp_sum[kWarps][kColumns];
-  __shared__ float row_max[kColumns], row_sum[kColumns];
-  __shared__ float query_scale[kColumns], offset_gain[kColumns];
-  __shared__ int query_sum[kColumns], see_begin[kColumns],
-      see_end[kColumns];                      // tokens a row may see
+  __shared__ int pages[kWarps][32], kept_slots[kWarps][32];  // of looks to come, see `look`
+  __shared__ columns_t<C> columns;
   __shared__ int2 pending[kWarps][kPending];  // slot, first token
   __shared__ int num_kept[kWarps];
   __shared__ int3 item_limits;  // no row needs masking from .x to .y; no token is there from .z on
   __shared__ int warp_total[kWarps], cta_prefix[C::kMaxAligned + 1];
-  __shared__ int is_last;
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, g = lane >> 2, t = lane & 3;
   uint8_t* cursor = shared;
@@ -114,17 +112,23 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     return before + x;
   };
   auto request = [&](int b) {
-    if (!cached) return ReadRequest<C>(p, b);
-    int first_row = b * p.max_q_len, q_len = p.max_q_len;
-    if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
-    return Request<C>(p, lengths[b], first_row, q_len);
+    int length, first_row = b * p.max_q_len, q_len = p.max_q_len;
+    if (cached) {
+      length = lengths[b];
+      if (p.qo_indptr != nullptr) first_row = starts[b], q_len = starts[b + 1] - first_row;
+    } else {
+      ReadRequest(p, b, length, first_row, q_len);
+    }
+    return Request<C>(p, group, length, first_row, q_len);
   };
   int total = 0;
   for (int base = 0; base < p.batch_size; base += C::kThreads) {
     const int b = base + tid;
     int steps = 0;
     if (b < p.batch_size) {
-      const request_t r = ReadRequest<C>(p, b);
+      int length, first_row = b * p.max_q_len, q_len = p.max_q_len;
+      ReadRequest(p, b, length, first_row, q_len);
+      const request_t r = Request<C>(p, group, length, first_row, q_len);
       if (cached) {
         lengths[b] = r.length;
         if (p.qo_indptr != nullptr) {
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 
   // --- this CTA's part of the line
   const int cta = blockIdx.x, ctas = min(static_cast<int>(gridDim.x), total);
-  auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(total) * i / ctas); };
+  auto share = [&](int i) { return Share(total, i, ctas); };
   auto owner = [&](int step) {
     return static_cast<int>((static_cast<int64_t>(step + 1) * ctas - 1) / total);
   };
@@ -158,8 +162,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       if (b < p.batch_size) {
         const request_t r = request(b);
         const int items = r.blocks * p.num_kv_heads;
-        const int each =
-            max(1, static_cast<int>(static_cast<int64_t>(ctas) * r.steps / max(total, 1)));
+        const int each = max(1, ProductQuotient(ctas, r.steps, max(total, 1)));
         want = items * each;
         uneven |= items > 0 && (r.steps + each - 1) / each > total / max(ctas, 1) * 11 / 10 + 1;
       }
@@ -170,15 +173,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     uneven = __syncthreads_or(uneven || given > ctas);
     if (!uneven) {
       if (cta >= given) return;
-      int b = 0;
-      while (cta_prefix[b + 1] <= cta) ++b;
+      const int b = LastAtMost(cta_prefix, p.batch_size, cta);
       const request_t r = request(b);
       item_ctas = (cta_prefix[b + 1] - cta_prefix[b]) / (r.blocks * p.num_kv_heads);
       const int item = (cta - cta_prefix[b]) / item_ctas;
       first_cta_of_item = cta_prefix[b] + item * item_ctas;
       const int part = cta - first_cta_of_item, first = prefix[b] + item * r.steps;
-      begin = first + static_cast<int>(static_cast<int64_t>(r.steps) * part / item_ctas);
-      end = first + static_cast<int>(static_cast<int64_t>(r.steps) * (part + 1) / item_ctas);
+      begin = first + Share(r.steps, part, item_ctas);
+      end = first + Share(r.steps, part + 1, item_ctas);
     }
   }
   if (item_ctas == 0) {
@@ -186,18 +188,31 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     begin = share(cta), end = share(cta + 1);
   }
   __syncthreads();
-  auto find = [&](int step) {
-    int low = 0, high = p.batch_size;
-    while (high - low > 1) {
-      const int mid = (low + high) >> 1;
-      if (prefix[mid] <= step) {
-        low = mid;
-      } else {
-        high = mid;
+  auto find = [&](int step) { return LastAtMost(prefix, p.batch_size, step); };
+  if (begin < end) {
+    // What the first item reads besides pages comes while those are looked up.
+    const int b = find(begin);
+    const request_t r = request(b);
+    const int item = Quotient(begin - prefix[b], r.steps), head = Quotient(item, r.blocks);
+    const int row = (item - head * r.blocks) * kColumns + warp;
+    if (warp < kColumns && row < r.rows) {
+      const int element = p.q_dtype == dtype_t::kFloat32 ? 4 : 2;
+      const int64_t at = (r.first_row + row / group) * p.q_stride_n +
+                         static_cast<int64_t>(head * group + row % group) * p.q_stride_h;
+      const int j = lane * kLane;
+      if (j < p.head_dim) ptx::Prefetch(static_cast<const uint8_t*>(p.q) + (at + j) * element);
+    }
+    if (p.k_offset_rotated != nullptr) {
+      constexpr int kLines = kHeadDim * 4 / 128;
+      const int last = min(r.length / kTokensPerSegment, p.num_segments - 1);
+      for (int i = tid; i < (last + 1) * kLines && i < kSegmentsPerPass * kLines;
+           i += C::kThreads) {
+        const int64_t segment = last - i / kLines;
+        ptx::Prefetch(p.k_offset_rotated + (segment * p.num_kv_heads + head) * kHeadDim +
+                      i % kLines * 32);
       }
     }
-    return low;
-  };
+  }
   const int own = end - begin > warp ? (end - begin - warp + kWarps - 1) / kWarps : 0;
 
   // --- the ring; sources of the next steps are looked up by all lanes at once
@@ -208,35 +223,45 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                   : tiles_per_page == kTiles / 2 ? kTiles / 2
                                                  : 1;
   // The page of a step comes from the page table and its slot from another table, by its page:
-  // loads whose latencies would add up. So pages are read two looks ahead and slots one.
-  struct place_t {
-    int page;       // -1: there is nothing to read
-    int head_tile;  // head << 20 | tile of the page
-  };
-  auto look = [&](int chunk, place_t& place) {
-    place.page = -1, place.head_tile = 0;
-    if (chunk * kPerLook >= own) return;
+  // loads whose latencies would add up. So pages are read two looks ahead and slots one, to shared
+  // memory: registers that a load will fill would be copied, and so waited for, in every step.
+  int looked_up = 0, request_begin = 0, request_end = 0;
+  // Where the page of this lane's tile is written, null if there is nothing to read, and
+  // head << 20 | tile of the page.
+  auto look = [&](int chunk, const int32_t*& entry) {
+    entry = nullptr;
+    if (chunk * kPerLook >= own) return 0;
     const int i = chunk * kPerLook + lane / kTiles;  // of this warp's steps
     const int step = begin + warp + kWarps * i;
-    const int b = find(step);
-    const request_t r = request(b);
-    const int x = step - prefix[b], item = Quotient(x, r.steps);
+    // mostly the request of the last look
+    if (__any_sync(~0u, step < request_begin || step >= request_end)) {
+      looked_up = find(step);
+      request_begin = prefix[looked_up], request_end = prefix[looked_up + 1];
+    }
+    const request_t r = request(looked_up);
+    const int x = step - request_begin, item = Quotient(x, r.steps);
     const int tile = (r.first_step + r.steps - 1 - (x - item * r.steps)) * kTiles + lane % kTiles;
     const int page_of_request = Quotient(tile, tiles_per_page);
-    const bool valid = lane < kPerLook * kTiles && i < own && tile * kTokensPerTile < r.length;
-    place.head_tile = Quotient(item, r.blocks) << 20 | (tile - page_of_request * tiles_per_page);
-    place.page = ptx::LoadIf(valid, p.kv.page_table + TableEntry(p.kv, b, page_of_request), -1);
+    if (i < own && tile * kTokensPerTile < r.length) {
+      entry = p.kv.page_table + TableEntry(p.kv, looked_up, page_of_request);
+    }
+    return Quotient(item, r.blocks) << 20 | (tile - page_of_request * tiles_per_page);
   };
-  auto slot_of = [&](const place_t& place) {
-    return ptx::LoadIf(p.kv.tile_slots != nullptr && place.page >= 0,
-                       p.kv.tile_slots + static_cast<int64_t>(place.page) * tiles_per_page +
-                           (place.head_tile & 0xFFFFF),
-                       -1);
+  auto slot_entry = [&](int page, int head_tile) -> const int32_t* {
+    if (p.kv.tile_slots == nullptr || page < 0) return nullptr;
+    return p.kv.tile_slots + static_cast<int64_t>(page) * tiles_per_page + (head_tile & 0xFFFFF);
   };
-  auto source_of = [&](const place_t& place, int slot) -> const uint8_t* {
-    if (place.page < 0 || slot >= 0) return nullptr;  // what is kept in 16 bits is not brought
-    return TileAddress(p.kv, place.page, place.head_tile >> 20, place.head_tile & 0xFFFFF,
-                       C::kTile);
+  auto source_of = [&](int page, int head_tile, int slot) -> const uint8_t* {
+    if (page < 0 || slot >= 0) return nullptr;  // what is kept in 16 bits is not brought
+    return TileAddress(p.kv, page, head_tile >> 20, head_tile & 0xFFFFF, C::kTile);
+  };
+  // Bring an integer a lane; -1 without a source.
+  auto bring = [&](int* to, const int32_t* from) {
+    if (from == nullptr) {
+      to[lane] = -1;
+    } else {
+      ptx::AsyncCopy4(ptx::SharedAddress(to + lane), from);
+    }
   };
   ring_t<C> ring;
   ring.stages = ring_base + warp * num_stages * C::kStepBytes;
@@ -244,35 +269,64 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   ring.barriers = ptx::SharedAddress(barriers + warp * num_stages);
   ring.slots = slots + warp * kMaxStages * kTiles;
   ring.num_stages = num_stages;
-  place_t place, after;
-  look(0, place), look(1, after);
-  int slot = slot_of(place), after_slot, source_head = place.head_tile >> 20;
+  const int32_t *entry = nullptr, *next_entry = nullptr, *after_entry = nullptr;
+  int first_head_tile = 0, head_tile = 0, after_head_tile = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < 3; ++chunk) {  // a loop: less to fetch
+    entry = next_entry, next_entry = after_entry;
+    first_head_tile = head_tile, head_tile = after_head_tile;
+    after_head_tile = look(chunk, after_entry);
+  }
+  const int first_page = ptx::LoadIf(entry != nullptr, entry, -1);
+  int page = ptx::LoadIf(next_entry != nullptr, next_entry, -1);
+  bring(pages[warp], after_entry);
+  entry = slot_entry(first_page, first_head_tile);
+  int slot = ptx::LoadIf(entry != nullptr, entry, -1), source_head = first_head_tile >> 20;
+  bring(kept_slots[warp], slot_entry(page, head_tile));
+  if constexpr (C::kBulk) ptx::AsyncCommit();
   // The first steps are brought before it is known whether they are kept in 16 bits.
-  const uint8_t* source = source_of(place, -1);
-  place = after, after_slot = slot_of(place);
-  look(2, after);
-  int issued = 0;
+  const uint8_t* source = source_of(first_page, first_head_tile, -1);
+  // A bit a lane, for the steps of a look: what is brought, and what is kept in 16 bits.
+  uint32_t present = __ballot_sync(~0u, source != nullptr), kept_of_look = 0;
+  unsigned issued = 0, attended = 0;  // steps
+  constexpr uint32_t kAllTiles = (1u << kTiles) - 1;
+  // Which tiles of the steps in flight are kept in 16 bits, the oldest step in the lowest bits.
+  uint64_t kept_tiles = 0;
+  static_assert(kMaxStages * kTiles <= 64, "a bit a tile");
   auto note = [&](int stage) {
-    const int tile = lane - issued % kPerLook * kTiles;
-    if (p.kv.tile_slots != nullptr && tile >= 0 && tile < kTiles) {
-      ring.slots[stage * kTiles + tile] = slot;
-      if (C::kBulk && slot >= 0) {
-        ptx::BulkPrefetch(
-            p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
-                              (2 * kTokensPerTile * kHeadDim),
-            4 * kTokensPerTile * kHeadDim);
+    const int at = issued % kPerLook * kTiles;
+    const uint32_t kept = kept_of_look >> at & kAllTiles;
+    if (kept != 0) {
+      kept_tiles |= static_cast<uint64_t>(kept) << (issued - attended) * kTiles;
+      const int tile = lane - at;
+      if (tile >= 0 && tile < kTiles) {
+        ring.slots[stage * kTiles + tile] = slot;
+        if (C::kBulk && slot >= 0) {
+          ptx::BulkPrefetch(
+              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
+                                (2 * kTokensPerTile * kHeadDim),
+              4 * kTokensPerTile * kHeadDim);
+        }
       }
     }
     if (++issued % kPerLook == 0) {
-      source = source_of(place, after_slot), slot = after_slot;
-      source_head = place.head_tile >> 20;
-      place = after, after_slot = slot_of(place);
-      look(issued / kPerLook + 2, after);
+      // All but the newest group of the other body are there, once steps are waited for.
+      if (C::kBulk || attended == 0) ptx::AsyncWait<0>();
+      slot = kept_slots[warp][lane];
+      source = source_of(page, head_tile, slot), source_head = head_tile >> 20;
+      present = __ballot_sync(~0u, source != nullptr);
+      kept_of_look = __ballot_sync(~0u, slot >= 0);
+      // A lane reads its own integers, and needs them before it sends for the next.
+      page = pages[warp][lane], head_tile = after_head_tile;
+      bring(kept_slots[warp], slot_entry(page, head_tile));
+      after_head_tile = look(issued / kPerLook + 2, entry);
+      bring(pages[warp], entry);
+      if constexpr (C::kBulk) ptx::AsyncCommit();
     }
   };
   auto issue = [&](int stage) {
-    if (issued < own) {
-      ring.Issue(stage, source, issued % kPerLook * kTiles, lane, run);
+    if (static_cast<int>(issued) < own) {
+      ring.Issue(stage, source, present, issued % kPerLook * kTiles, lane, run);
       note(stage);
     }
     // A group even when nothing is left, so that waiting for all but one means the oldest.
@@ -281,19 +335,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   const int first_steps = min(min(num_stages, kPerLook), own);
 #pragma unroll 1
   for (int i = 0; i < first_steps; ++i) {
-    ring.Issue(i, source, i * kTiles, lane, run);
+    ring.Issue(i, source, present, i * kTiles, lane, run);
     if constexpr (!C::kBulk) ptx::AsyncCommit();
   }
+  kept_of_look = __ballot_sync(~0u, slot >= 0);
 #pragma unroll 1
-  for (int i = 0; i < first_steps; ++i) note(i);
-#pragma unroll 1
-  for (int i = first_steps; i < num_stages; ++i) issue(i);
+  for (int i = 0; i < num_stages; ++i) {
+    if (i < own) {
+      if (i >= first_steps) ring.Issue(i, source, present, issued % kPerLook * kTiles, lane, run);
+      note(i);
+    }
+    if (!C::kBulk && i >= first_steps) ptx::AsyncCommit();
+  }
 
+  const int zero = min(num_stages, 0);  // to the compiler any number
   const table_t k_table =
       MakeTable<C::kKBits, C::kSumTables ? bytes_t::kSignedSum : bytes_t::kSigned>(p.k_codebook);
   const table_t v_table = MakeTable<C::kVBits, bytes_t::kOffset128>(p.v_codebook);
   const table_t v_negative = C::kVBits == 5 ? MakeNegativeTable5(p.v_codebook) : table_t{};
-  const float root = rsqrtf(static_cast<float>(kHeadDim));
   const uint32_t k_signs = LaneSigns<kLane>(p.k_signs, lane);
   const uint32_t v_signs = LaneSigns<kLane>(p.v_signs, lane);
   const float k_unit = exp2f(-p.k_codebook.frac_bits) *
@@ -324,65 +383,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       item_limits.z = r.length;
     }
 
-    // --- rotate the query rows of this item: a warp a row
-    for (int c = warp; c < kColumns; c += kWarps) {
-      const int row = block * kColumns + c;
-      float x[kLane];
-#pragma unroll
-      for (int i = 0; i < kLane; ++i) x[i] = 0;
-      if (row < r.rows) {
-        const int64_t at = (r.first_row + row / group) * p.q_stride_n +
-                           static_cast<int64_t>(head * group + row % group) * p.q_stride_h;
-#pragma unroll
-        for (int i = 0; i < kLane; ++i) {
-          const int j = lane * kLane + i;
-          if (j < (p.rotated_query ? kHeadDim : p.head_dim)) x[i] = LoadAs(p.q, at + j, p.q_dtype);
-        }
-        if (!p.rotated_query) {
-#pragma unroll
-          for (int i = 0; i < kLane; ++i) {
-            if (k_signs >> i & 1) x[i] = -x[i];
-          }
-          WarpHadamard(x, lane);
-#pragma unroll
-          for (int i = 0; i < kLane; ++i) x[i] *= root;
-        }
-      }
-      float largest = 0;
-#pragma unroll
-      for (int i = 0; i < kLane; ++i) largest = fmaxf(largest, fabsf(x[i]));
-#pragma unroll
-      for (int o = 1; o < 32; o *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
-      if (!(largest > 0)) largest = 1;
-      constexpr float kTop = 127.f * 256.f;
-      const float inverse = kTop / largest;
-      int sum = 0, q[kLane];
-#pragma unroll
-      for (int i = 0; i < kLane; ++i) sum += q[i] = __float2int_rn(x[i] * inverse);
-      sum = __reduce_add_sync(~0u, sum);
-      if constexpr (K::kKind == expand_t::kUniform2) {
-        // half of three times the sum is subtracted from every product, see `first`
-        if (lane == 0) q[0] += sum & 1;
-        sum += sum & 1;
-      }
-#pragma unroll
-      for (int i = 0; i < kLane; ++i) {
-        const int j = lane * kLane + i, high = (q[i] + 128) >> 8;
-        const int at = c * kHeadDim + K::QueryByte(j);
-        query[at] = high;
-        query[kColumns * kHeadDim + at] = q[i] - 256 * high;
-        rows[c * kHeadDim + j] = x[i];
-      }
-      if (lane == 0) {
-        // columns without a row see what the last row sees, so that they never call for masking
-        const int position = own_position + min(row, r.rows - 1) / group;
-        see_begin[c] = p.window_left >= 0 ? position - p.window_left : 0;
-        see_end[c] = p.causal ? min(position + 1, r.length) : r.length;
-        query_sum[c] = sum;
-        query_scale[c] = largest / kTop * p.sm_scale * kLog2E * k_unit;
-        offset_gain[c] = inverse / k_unit;  // from a product with the query to the unit of scores
-      }
-    }
+    RotateQuery<C>(p, r, group, head, block, k_signs, k_unit, rows, query, columns);
     __syncthreads();
 
     // --- the query in fragments: column g of a block, bytes of k in order
@@ -402,16 +403,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
         }
       }
     }
-    float unit[kNB][2], slack[kNB][2];
-    int first[kNB][C::kTerms][2];  // what sums of products start from
+    float unit[kNB][2];
+    int first[kNB][C::kTerms][4];  // what sums of products start from
     auto column = [&](int n, int x) { return (n * 8 + 2 * t + x) & (kColumns - 1); };
 #pragma unroll
     for (int n = 0; n < kNB; ++n) {
 #pragma unroll
       for (int x = 0; x < 2; ++x) {
-        unit[n][x] = capped ? 1.f : query_scale[column(n, x)];
-        slack[n][x] = kSlack / unit[n][x];
-        const int sum = query_sum[column(n, x)];
+        unit[n][x] = capped ? 1.f : columns.query_scale[column(n, x)];
+        const int sum = columns.query_sum[column(n, x)];
         const int lacking = K::kKind == expand_t::kUniform2         ? -(sum / 2 * 3)
                             : K::kKind == expand_t::kSignMagnitude5 ? sum
                                                                     : 0;
@@ -419,6 +419,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
         for (int term = 0; term < C::kTerms; ++term) {
           const bool is_low = C::kTerms == 1 ? t >= 2 : term == 1;
           first[n][term][x] = is_low ? lacking : 0;
+          // equal, but if the compiler knew it would copy registers for every product
+          first[n][term][2 + x] = is_low && lacking != 0 ? lacking + zero : 0;
         }
       }
     }
@@ -438,7 +440,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           const int c = column(n, x);
-          if (token < see_begin[c] || token >= see_end[c]) s[n][2 * half + x] = -INFINITY;
+          const bool hidden =
+              (token < columns.see_begin[c]) | (token >= columns.see_end[c]);  // no branches
+          s[n][2 * half + x] = hidden ? -INFINITY : s[n][2 * half + x];
         }
       }
     };
@@ -526,8 +530,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) mask(s[0], token0 + half * 8 + row0, half);
       uint32_t pb[1][kNB][2];
-      state.template Softmax<1, true>(s, none, unit, slack, pb);
-      const float gain = state.v_gain / (v_unit * kWindowGain);
+      state.template Softmax<1, true>(s, none, unit, zero, pb);
+      const float gain = __fdividef(state.v_gain, v_unit * kWindowGain);
 #pragma unroll
       for (int section = 0; section < V::kSections; ++section) {
         if constexpr (!kEarly) load_values(values[0], section);
@@ -573,7 +577,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     for (int pass_begin = item_begin; pass_begin < item_end;) {
       int pass_end = item_end, first_segment = 0;
       if (p.k_offset_rotated != nullptr) {
-        // --- scores of the offsets of K in this stretch: a warp a segment
+        // --- scores of the offsets of K in this stretch
         const int newest = newest_step - pass_begin;  // step of the request
         const int last_segment = (newest * C::kStepTokens + C::kStepTokens - 1) / kTokensPerSegment;
         first_segment = max(0, last_segment - kSegmentsPerPass + 1);
@@ -583,42 +587,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
         first_segment = max(first_segment, oldest * C::kStepTokens / kTokensPerSegment);
         const int segments = min(last_segment, p.num_segments - 1) - first_segment + 1;
         __syncthreads();
-        // Segments whose loads are in flight together; with four rows each, a lane a sum.
-        constexpr int kAtOnce = kLane <= 4 ? 8 : 32 / kLane, kSums = 4 * kAtOnce;
-#pragma unroll 1
-        for (int i0 = warp * kAtOnce; i0 < segments; i0 += kWarps * kAtOnce) {
-          float mu[kAtOnce][kLane];
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            const int segment = first_segment + min(i0 + i, segments - 1);
-            const float* from = p.k_offset_rotated +
-                                (static_cast<int64_t>(segment) * p.num_kv_heads + head) * kHeadDim;
-#pragma unroll
-            for (int k = 0; k < kLane; ++k) mu[i][k] = __ldg(from + lane + 32 * k);
-          }
-#pragma unroll 1
-          for (int c0 = 0; c0 < kColumns; c0 += 4) {
-            float dots[kSums];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              float q[kLane];
-#pragma unroll
-              for (int k = 0; k < kLane; ++k) q[k] = rows[(c0 + c) * kHeadDim + lane + 32 * k];
-#pragma unroll
-              for (int i = 0; i < kAtOnce; ++i) {
-                float dot = 0;
-#pragma unroll
-                for (int k = 0; k < kLane; ++k) dot = fmaf(mu[i][k], q[k], dot);
-                dots[4 * i + c] = dot;
-              }
-            }
-            const float dot = SumSpread(dots, lane);
-            const int index = lane / (32 / kSums), i = i0 + index / 4, c = c0 + index % 4;
-            if (lane % (32 / kSums) == 0 && i < segments) {
-              offsets[i * kColumns + c] = dot * offset_gain[c];
-            }
-          }
-        }
+        ScoreOffsets<C>(p, head, first_segment, segments, rows, columns, offsets);
         __syncthreads();
       }
 
@@ -628,19 +597,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
           const uint8_t* stage = ring.Wait();
           const int token0 = (newest_step - own_step) * C::kStepTokens;
           // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
-          unsigned kept = 0;
-          if (p.kv.tile_slots != nullptr) {
-            const int kept_slot = lane < kTiles ? ring.slots[ring.read * kTiles + lane] : -1;
-            kept = __ballot_sync(~0u, kept_slot >= 0);
-            if (kept != 0) {
-              if (kept_slot >= 0) {
-                pending[warp][num_pending + __popc(kept & ((1u << lane) - 1))] =
-                    make_int2(kept_slot, token0 + lane * kTokensPerTile);
-              }
-              num_pending += __popc(kept);
+          const uint32_t kept = static_cast<uint32_t>(kept_tiles) & kAllTiles;
+          kept_tiles >>= kTiles, ++attended;
+          if (kept != 0) {
+            if (lane < kTiles && (kept >> lane & 1)) {
+              pending[warp][num_pending + __popc(kept & ((1u << lane) - 1))] =
+                  make_int2(ring.slots[ring.read * kTiles + lane], token0 + lane * kTokensPerTile);
             }
+            num_pending += __popc(kept);
           }
-          if (kept != (1u << kTiles) - 1) {
+          if (kept != kAllTiles) {
             float s[kTiles][kNB][2 * kHalves], v_scale[kTiles][kHalves];
             float offset[kNB][2];  // score of the part of K that its segment shares
             uint32_t marks = 0;    // in bit 15: whether a key was stored uncentred
@@ -741,7 +707,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                   for (int n = 0; n < kNB; ++n) {
 #pragma unroll
                     for (int e = 0; e < 2 * kHalves; ++e) {
-                      s[i][n][e] = soft_cap(s[i][n][e] * query_scale[column(n, e & 1)]);
+                      s[i][n][e] = soft_cap(s[i][n][e] * columns.query_scale[column(n, e & 1)]);
                     }
                   }
                 }
@@ -774,9 +740,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
             }
 
             uint32_t pb[kTiles][kNB][2];
-            state.template Softmax<kTiles, false>(s, v_scale, unit, slack, pb);
+            state.template Softmax<kTiles, false>(s, v_scale, unit, zero, pb);
 
             // --- O[coordinate, column] += V[coordinate, token] P[token, column]
+            float odd[kNB][4] = {};  // corrections of every other tile: half the chain of products
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
               const uint8_t* v = stage + i * C::kTile + K::kBytes;
@@ -787,8 +754,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
               // sum.
 #pragma unroll
               for (int n = 0; n < kNB; ++n) {
-                ptx::MmaF16(state.correction[n], kConstant, kConstant, kConstant, kConstant,
-                            pb[i][n][0], pb[i][n][1]);
+                ptx::MmaF16(kTiles == 8 && i % 2 == 1 ? odd[n] : state.correction[n], kConstant,
+                            kConstant, kConstant, kConstant, pb[i][n][0], pb[i][n][1]);
               }
 #pragma unroll
               for (int section = 0; section < V::kSections; ++section) {
@@ -804,6 +771,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
                                 pb[i][n][0], pb[i][n][1]);
                   }
                 }
+              }
+            }
+            if constexpr (kTiles == 8) {
+#pragma unroll
+              for (int n = 0; n < kNB; ++n) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) state.correction[n][e] += odd[n][e];
               }
             }
           }
@@ -837,189 +811,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       }
     }
 
-    // --- merge the warps of this CTA
-#pragma unroll
-    for (int n = 0; n < kNB; ++n) {
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-#pragma unroll
-        for (int q = 2 * kHalves; q < 32; q *= 2)
-          state.l[n][x] += __shfl_xor_sync(~0u, state.l[n][x], q);
-        state.m[n][x] *= unit[n][x];
-        if (g == 0 && (kColumns > 4 || t < 2)) {
-          warp_max[warp][column(n, x)] = state.m[n][x];
-          warp_sum[warp][column(n, x)] = state.l[n][x];
-        }
-      }
-    }
-    __syncthreads();
-    float factor[kNB][2];
-#pragma unroll
-    for (int n = 0; n < kNB; ++n) {
-#pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        float top = warp_max[0][column(n, x)];
-#pragma unroll
-        for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_max[i][column(n, x)]);
-        factor[n][x] = ptx::Exp2(state.m[n][x] - top) * (v_unit / state.v_gain);
-      }
-    }
-    if (tid < kColumns) {
-      float top = warp_max[0][tid], sum = 0;
-      for (int i = 1; i < kWarps; ++i) top = fmaxf(top, warp_max[i][tid]);
-      for (int i = 0; i < kWarps; ++i) sum += warp_sum[i][tid] * ptx::Exp2(warp_max[i][tid] - top);
-      row_max[tid] = top;
-      row_sum[tid] = sum;
-    }
-    constexpr int kRegs = kNB * C::kOutBlocks * 4;
-#pragma unroll
-    for (int chunk = 0; chunk < kRegs; chunk += C::kMergeRegs) {
-      if (chunk > 0) __syncthreads();
-#pragma unroll
-      for (int q = 0; q < C::kMergeRegs; ++q) {
-        const int n = (chunk + q) / (C::kOutBlocks * 4), i = (chunk + q) / 4 % C::kOutBlocks,
-                  e = q % 4;
-        float x = state.o[n][i][e];
-        if constexpr (V::kKind == expand_t::kUniform2) {
-          x = x * static_cast<float>(1 << (24 - 2 * (2 * (i % 2) + e / 2))) +
-              state.correction[n][e];
-        } else {
-          x += state.correction[n][e];
-        }
-        merge[(warp * C::kMergeRegs + q) * 32 + lane] = x * factor[n][e & 1];
-      }
-      __syncthreads();
-      for (int at = tid; at < C::kMergeRegs * 32; at += C::kThreads) {
-        const int reg = chunk + at / 32, n = reg / (C::kOutBlocks * 4), i = reg / 4 % C::kOutBlocks;
-        const int gg = at % 32 / 4, c = n * 8 + at % 4 * 2 + (reg & 1);
-        if (c < kColumns) {
-          float x = 0;
-#pragma unroll
-          for (int w = 0; w < kWarps; ++w) x += merge[w * C::kMergeRegs * 32 + at];
-          rows[c * kHeadDim + V::Coordinate(i / V::kBlocks, i % V::kBlocks, reg >> 1 & 1, gg)] = x;
-        }
-      }
-    }
-    __syncthreads();
-
-    // --- an item that spans CTAs: leave the part in the workspace; the last to arrive combines
+    MergeWarps<C>(state, unit, v_unit, merge, rows, columns);
     bool write = true;
-    if (step0 != 0 || item_end - item_begin != r.steps) {
-      int* counters = static_cast<int*>(p.workspace);
+    if (step0 != 0 || item_end - item_begin != r.steps) {  // the item spans CTAs
       // Items of all requests, at most max_q_len rows each.
       const int max_blocks = (p.max_q_len * group + kColumns - 1) / kColumns;
       const int counter = (b * p.num_kv_heads + head) * max_blocks + block;
-      // Partial results lie at the end, so that they are nowhere the counters of another batch.
-      const int64_t bytes = static_cast<int64_t>(2) * gridDim.x * C::kPartial * 4;
-      float* partials = reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) +
-                                                 (p.workspace_bytes - bytes) / 16 * 16);
-      // Of a CTA's items only the first and the last can be parts.
-      float* mine =
-          partials + static_cast<int64_t>(2 * cta + (item_begin == begin ? 0 : 1)) * C::kPartial;
-      for (int at = tid; at < kColumns * kHeadDim / 4; at += C::kThreads) {
-        __stcg(reinterpret_cast<float4*>(mine) + at, reinterpret_cast<const float4*>(rows)[at]);
-      }
-      if (tid < kColumns) {
-        __stcg(mine + kColumns * kHeadDim + tid, row_max[tid]);
-        __stcg(mine + kColumns * kHeadDim + kColumns + tid, row_sum[tid]);
-      }
       const int line_begin = item_begin - step0;
-      const int first_cta = item_ctas > 0 ? first_cta_of_item : owner(line_begin);
-      const int parts = item_ctas > 0 ? item_ctas : owner(line_begin + r.steps - 1) - first_cta + 1;
-      __threadfence();
-      __syncthreads();
-      if (tid == 0) {
-        const int arrived = atomicAdd(counters + counter, 1);
-        is_last = arrived == parts - 1;
-        if (is_last) counters[counter] = 0;
-        __threadfence();
+      parts_t parts = {first_cta_of_item, item_ctas, 0};
+      if (item_ctas == 0) {
+        parts.first_cta = owner(line_begin);
+        parts.count = owner(line_begin + r.steps - 1) - parts.first_cta + 1;
+        parts.first_part = share(parts.first_cta) >= line_begin ? 0 : 1;
       }
-      __syncthreads();
-      write = is_last;
-      if (write) {
-        const int first_part = item_ctas > 0 || share(first_cta) >= line_begin ? 0 : 1;
-        auto part = [&](int i) {
-          return partials + static_cast<int64_t>(2 * (first_cta + i) + (i == 0 ? first_part : 0)) *
-                                C::kPartial;
-        };
-        // Many loads in flight: at small batches their latency is what this costs.
-        constexpr int kAtOnce = 16;
-        for (int at = tid * 4; at < kColumns * kHeadDim; at += C::kThreads * 4) {
-          const int c = at / kHeadDim;
-          float top = -3e38f, sum = 0, x[4] = {0, 0, 0, 0};
-          for (int i0 = 0; i0 < parts; i0 += kAtOnce) {
-            float tops[kAtOnce], sums_of[kAtOnce];
-            float4 xs[kAtOnce];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-              const bool valid = i0 + i < parts;
-              const float* from = part(valid ? i0 + i : 0);
-              tops[i] = valid ? __ldcg(from + kColumns * kHeadDim + c) : -3e38f;
-              sums_of[i] = valid ? __ldcg(from + kColumns * kHeadDim + kColumns + c) : 0.f;
-              xs[i] = valid ? __ldcg(reinterpret_cast<const float4*>(from + at))
-                            : make_float4(0, 0, 0, 0);
-            }
-            float higher = top;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) higher = fmaxf(higher, tops[i]);
-            const float f = ptx::Exp2(top - higher);
-            sum *= f, x[0] *= f, x[1] *= f, x[2] *= f, x[3] *= f;
-            top = higher;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-              const float w = ptx::Exp2(tops[i] - higher);
-              sum += sums_of[i] * w;
-              x[0] += xs[i].x * w, x[1] += xs[i].y * w, x[2] += xs[i].z * w, x[3] += xs[i].w * w;
-            }
-          }
-          *reinterpret_cast<float4*>(rows + at) = make_float4(x[0], x[1], x[2], x[3]);
-          if (at % kHeadDim == 0) row_max[c] = top, row_sum[c] = sum;
-        }
-        __syncthreads();
-      }
+      write = Combine<C>(p, counter, item_begin == begin ? 0 : 1, parts, rows, columns);
     }
-
-    // --- normalise, un-rotate and write: a warp a row
-    if (write) {
-      for (int c = warp; c < kColumns; c += kWarps) {
-        const int row = block * kColumns + c;
-        if (row >= r.rows) continue;
-        const int qo_head = head * group + row % group;
-        const int64_t token = r.first_row + row / group;
-        float top = row_max[c], sum = row_sum[c], f = 1;
-        if (p.sinks != nullptr) {
-          const float sink = __ldg(p.sinks + qo_head) * kLog2E, higher = fmaxf(top, sink);
-          f = ptx::Exp2(top - higher);
-          sum = sum * f + ptx::Exp2(sink - higher);
-          top = higher;
-        }
-        f = sum > 0 ? f / sum : 0.f;
-        // NaN must not turn into zero
-        if (isnan(sum)) f = sum;
-        float x[kLane];
-#pragma unroll
-        for (int i = 0; i < kLane; ++i) x[i] = rows[c * kHeadDim + lane * kLane + i] * f;
-        if (!p.rotated_output) {
-          WarpHadamard(x, lane);
-#pragma unroll
-          for (int i = 0; i < kLane; ++i) {
-            x[i] *= v_signs >> i & 1 ? -root : root;
-          }
-        }
-        const int64_t at = token * p.out_stride_n + qo_head * p.out_stride_h;
-#pragma unroll
-        for (int i = 0; i < kLane; ++i) {
-          const int j = lane * kLane + i;
-          if (j < (p.rotated_output ? kHeadDim : p.head_dim))
-            StoreAs(p.out, at + j, p.out_dtype, x[i]);
-        }
-        if (p.lse != nullptr && lane == 0) {
-          p.lse[token * p.lse_stride_n + qo_head] = sum > 0      ? top + log2f(sum)
-                                                    : isnan(sum) ? sum
-                                                                 : -INFINITY;
-        }
-      }
-    }
+    if (write) WriteRows<C>(p, r, group, head, block, v_signs, rows, columns);
     __syncthreads();  // the next item reuses rows
     item_begin = item_end;
   }

@@ -23,25 +23,27 @@ struct ring_t {
   int num_stages;
   int read = 0, parity = 0;
 
-  /*! \brief Start to bring a step. Lane `first + i` knows the source of tile i (null: nothing); of
-   * a whole step every `run` tiles are neighbours. */
-  __device__ __forceinline__ void Issue(int stage, const uint8_t* source, int first, int lane,
-                                        int run) {
+  /*! \brief Start to bring a step. Lane `first + i` knows the source of tile i, null for nothing
+   * as the bits of `sources` say. Of a whole step every `run` tiles, all, half or one, are
+   * neighbours. */
+  __device__ __forceinline__ void Issue(int stage, const uint8_t* source, uint32_t sources,
+                                        int first, int lane, int run) {
     constexpr uint32_t kAll = (1u << C::kTiles) - 1;
-    const uint32_t present = __ballot_sync(~0u, source != nullptr) >> first & kAll;
+    const uint32_t present = sources >> first & kAll;
     const uint32_t to = stages_address + stage * C::kStepBytes;
     auto source_of = [&](int i) {
       return reinterpret_cast<const uint8_t*>(
           __shfl_sync(~0u, reinterpret_cast<unsigned long long>(source), first + i));
     };
     if (C::kBulk && run > 1 && present == kAll) {
+      constexpr int kHalf = C::kTiles / 2;
       const uint32_t barrier = barriers + 8 * stage;
-      const bool leads = ptx::ElectOne();
-      if (leads) ptx::BarrierArriveExpect(barrier, C::kStepBytes);
-#pragma unroll 1
-      for (int i = 0; i < C::kTiles; i += run) {
-        const uint8_t* from = source_of(i);
-        if (leads) ptx::BulkCopy(to + i * C::kTile, from, run * C::kTile, barrier);
+      const uint8_t* const from = source_of(0);
+      const uint8_t* const second = source_of(kHalf);
+      if (ptx::ElectOne()) {
+        ptx::BarrierArriveExpect(barrier, C::kStepBytes);
+        ptx::BulkCopy(to, from, run * C::kTile, barrier);
+        if (run == kHalf) ptx::BulkCopy(to + kHalf * C::kTile, second, kHalf * C::kTile, barrier);
       }
       __syncwarp();
       return;

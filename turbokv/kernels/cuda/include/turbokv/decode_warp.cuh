@@ -98,6 +98,37 @@ __device__ __forceinline__ int Quotient(int x, int y) {
   return q;
 }
 
+/*! \brief The last i with table[i] <= x, below n; table[0] <= x, in rising order. */
+__device__ __forceinline__ int LastAtMost(const int* table, int n, int x) {
+  int low = 0, high = n;
+  while (high - low > 1) {
+    const int mid = (low + high) >> 1;
+    if (table[mid] <= x) {
+      low = mid;
+    } else {
+      high = mid;
+    }
+  }
+  return low;
+}
+
+/*! \brief x * y / z of integers, z > 0, for results below 2^21: a product of 64 bits, but no
+ * division of such. */
+__device__ __forceinline__ int ProductQuotient(int x, int y, int z) {
+  int q = static_cast<int>(
+      __fdividef(static_cast<float>(x) * static_cast<float>(y), static_cast<float>(z)));
+  const int64_t rest = static_cast<int64_t>(x) * y - static_cast<int64_t>(q) * z;
+  q += rest >= z ? 1 : 0;
+  q -= rest < 0 ? 1 : 0;
+  return q;
+}
+
+/*! \brief x * i / n of integers, 0 <= i <= n < 2^15, without a number of 64 bits. */
+__device__ __forceinline__ int Share(int x, int i, int n) {
+  const unsigned whole = static_cast<unsigned>(x) / n, rest = x - whole * n;
+  return static_cast<int>(whole * i + rest * i / n);
+}
+
 __device__ __forceinline__ uint32_t PackHalf2(float a, float b) {
   const __half2 x = __floats2half2_rn(a, b);
   return *reinterpret_cast<const uint32_t*>(&x);

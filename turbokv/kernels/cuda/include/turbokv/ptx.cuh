@@ -41,14 +41,15 @@ __device__ __forceinline__ void MmaS8First(int (&c)[4], uint32_t a0, uint32_t a1
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(from));
 }
 
-/*! \brief The same from a number for each of a lane's two columns. */
-__device__ __forceinline__ void MmaS8From(int (&c)[4], const int (&from)[2], uint32_t a0,
+/*! \brief The same from other accumulators. */
+__device__ __forceinline__ void MmaS8From(int (&c)[4], const int (&from)[4], uint32_t a0,
                                           uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                           uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%10,%11,%10,%11};"
+      "{%10,%11,%12,%13};"
       : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(from[0]), "r"(from[1]));
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(from[0]), "r"(from[1]),
+        "r"(from[2]), "r"(from[3]));
 }
 
 /*! \brief c[16x8] += a[16x16] * b[16x8], fp16 with fp32 accumulators. */
@@ -162,6 +163,13 @@ __device__ __forceinline__ void BulkPrefetch(const void* global, int bytes) {
 #endif
 }
 
+/*! \brief Have the line at `global` brought to L2; nobody waits for it. */
+__device__ __forceinline__ void Prefetch(const void* global) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
+
 /*! \brief The integer at `from` if `valid`, else `otherwise`: without a branch, behind which the
  * value would be copied and so waited for. */
 __device__ __forceinline__ int LoadIf(bool valid, const int32_t* from, int otherwise) {
@@ -184,6 +192,10 @@ __device__ __forceinline__ int LoadIf(bool valid, const int32_t* from, int other
 
 __device__ __forceinline__ void AsyncCopy16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ __forceinline__ void AsyncCopy4(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void AsyncCommit() {

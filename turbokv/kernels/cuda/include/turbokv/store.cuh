@@ -198,7 +198,8 @@ struct worker_t {
     }
     if (role == role_t::kKey) {
       if (token >= 0) {
-        StoreWords(tile + layout.k_base + KeyOffset(token, part * kBytes, kRowBytes), encoded.base);
+        StoreWords<kBytes>(tile + layout.k_base + KeyOffset(token, part * kBytes, kRowBytes),
+                           encoded.base);
         if (kHigh) {
           StoreHigh<PER_LANE>(
               tile + layout.k_high + KeyOffset(token, part * kHighBytes, PADDED_DIM / 8),
@@ -211,7 +212,7 @@ struct worker_t {
       uint8_t* const high_staging = staging + C::kTokens * kRowBytes;
       uint8_t* const base_plane = tile + layout.v_base;
       uint8_t* const high_plane = tile + layout.v_high;
-      StoreWords(staging + index * kRowBytes + part * kBytes, encoded.base);
+      StoreWords<kBytes>(staging + index * kRowBytes + part * kBytes, encoded.base);
       if (kHigh) {
         StoreHigh<PER_LANE>(high_staging + index * (PADDED_DIM / 8) + part * kHighBytes,
                             encoded.high);
@@ -223,13 +224,15 @@ struct worker_t {
           ScatterValue<PADDED_DIM, PER_LANE, BITS, 1, kHighRun>(high_staging, high_plane, token,
                                                                 lane);
         }
-      } else if (round + 1 == C::kRounds) {
-        const int first_group = __shfl_sync(~0u, token >> 1 & 3, 0);
-        InterleaveValue<PADDED_DIM, C::kTokens, BITS, kWidth, kRun>(staging, base_plane,
-                                                                    first_group, lane);
-        if constexpr (kHigh) {
-          InterleaveValue<PADDED_DIM, C::kTokens, BITS, 1, kHighRun>(high_staging, high_plane,
-                                                                     first_group, lane);
+      } else if constexpr (!C::kSingle) {
+        if (round + 1 == C::kRounds) {
+          const int first_group = __shfl_sync(~0u, token >> 1 & 3, 0);
+          InterleaveValue<PADDED_DIM, C::kTokens, BITS, kWidth, kRun>(staging, base_plane,
+                                                                      first_group, lane);
+          if constexpr (kHigh) {
+            InterleaveValue<PADDED_DIM, C::kTokens, BITS, 1, kHighRun>(high_staging, high_plane,
+                                                                       first_group, lane);
+          }
         }
       }
       __syncwarp();
@@ -239,15 +242,15 @@ struct worker_t {
 
 /*! \brief One row of the grid compresses K, the other V.
  *
- *  A warp takes units of kTokens rows of 16 and one head. kLanes = PADDED_DIM / 32 neighbouring
- * lanes hold a vector, 32 consecutive coordinates each: five stages of the transform stay in
- * registers, and a lane's codes are whole words. K's words go straight to their place. Four tokens
- * of V share words, so units of a tile that is written as a whole interleave their tokens in shared
- * memory; other tokens write their bytes one by one.
+ *  A warp takes units of kTokens rows of 16 and one head. kLanes = PADDED_DIM / PER_LANE
+ * neighbouring lanes hold a vector, PER_LANE consecutive coordinates each: that many stages of the
+ * transform stay in registers, and a lane's codes are whole words, or half of one at 8. K's words
+ * go straight to their place. Four tokens of V share words, so units of a tile that is written as a
+ * whole interleave their tokens in shared memory; other tokens write their bytes one by one.
  */
 template <int PADDED_DIM, int PER_LANE, typename DTypeIn>
 __global__ void __launch_bounds__(config_t<PADDED_DIM, PER_LANE>::kWarps * 32,
-                                  PER_LANE == 32 ? 2 : 4)
+                                  PER_LANE == 16 ? 4 : 2)
     StoreKernel(const __grid_constant__ store_params_t params) {
   using C = config_t<PADDED_DIM, PER_LANE>;
   __shared__ alignas(16) uint32_t table[kNumCells * 32];
@@ -344,7 +347,8 @@ __global__ void __launch_bounds__(config_t<PADDED_DIM, PER_LANE>::kWarps * 32,
       turn += C::kWarps;
     }
     const int part = rows_unit % C::kUnits, first_row = rows_unit / C::kUnits * 16;
-    const rows_t rows = FindRows(params.slot_mapping, first_row, nnz, lane);
+    rows_t rows = {-1, nnz - first_row < 16 ? (1u << (nnz - first_row)) - 1 : 0xffffu};
+    if constexpr (!C::kSingle) rows = FindRows(params.slot_mapping, first_row, nnz, lane);
     const uint32_t single = rows.single >> (part * C::kTokens) & ((1u << C::kTokens) - 1);
     // the row of a vector in a pass: first a whole tile, then single rows
     const auto row_of = [&](bool whole, int round) {
@@ -408,6 +412,9 @@ inline cudaError_t Launch(const store_params_t& params, cudaStream_t stream) {
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
   const int64_t lanes = static_cast<int64_t>(params.nnz) * params.kv.num_kv_heads * PADDED_DIM / 16;
+  if constexpr (PADDED_DIM <= 256) {
+    if (lanes < multiprocessors * 64) return LaunchWith<PADDED_DIM, 8, DTypeIn>(params, stream);
+  }
   if (lanes < multiprocessors * 512) {
     return LaunchWith<PADDED_DIM, 16, DTypeIn>(params, stream);
   }

@@ -14,15 +14,18 @@ namespace store_detail {
 
 /*! \brief How vectors lie in warps.
  *
- *  \tparam PER_LANE  Consecutive coordinates that a lane holds, 16 or 32: fewer make the chain of
- *                    instructions shorter, more make their number smaller.
+ *  \tparam PER_LANE  Consecutive coordinates that a lane holds, 8, 16 or 32: fewer make the chain
+ * of instructions shorter, more make their number smaller. With 8 every token is written by itself,
+ * whole tiles too.
  */
 template <int PADDED_DIM, int PER_LANE>
 struct config_t {
   static constexpr int kSignStride = PER_LANE + 4;  // floats; lanes then read from different banks
-  static constexpr int kLanes = PADDED_DIM / PER_LANE;         // lanes of a vector
-  static constexpr int kVectors = 32 / kLanes;                 // vectors a warp holds at a time
-  static constexpr int kTokens = kVectors < 4 ? 4 : kVectors;  // of a unit, at least a word of V
+  static constexpr int kLanes = PADDED_DIM / PER_LANE;  // lanes of a vector
+  static constexpr int kVectors = 32 / kLanes;          // vectors a warp holds at a time
+  static constexpr bool kSingle = PER_LANE == 8;
+  // of a unit, at least a word of V if it may be a part of a whole tile
+  static constexpr int kTokens = kVectors < 4 && !kSingle ? 4 : kVectors;
   static constexpr int kRounds = kTokens / kVectors;
   static constexpr int kUnits = kTokensPerTile / kTokens;  // units of 16 rows
   static constexpr int kWarps = PADDED_DIM <= 256 ? 8 : 4;
@@ -103,8 +106,9 @@ TURBOKV_DEVICE uint32_t Select(uint32_t a, uint32_t b, uint32_t mask) {
 /*! \brief What a lane contributes to a compressed vector. */
 template <int BITS, int PER_LANE>
 struct encoded_t {
-  uint32_t base[PlaneBits(BITS) * PER_LANE / 32];  // base plane
-  uint32_t high;                                   // high plane, in its order
+  // base plane; where a lane has but two bytes of it, in the low half of a word
+  uint32_t base[PlaneBits(BITS) * PER_LANE < 32 ? 1 : PlaneBits(BITS) * PER_LANE / 32];
+  uint32_t high;          // high plane, in its order
   float product, energy;  // sums over the lane: |y| * magnitude and magnitude^2
 };
 
@@ -116,7 +120,7 @@ struct encoded_t {
 template <int BITS, int PER_LANE>
 TURBOKV_DEVICE void Encode(const float (&y)[PER_LANE], float factor, uint32_t column, role_t role,
                            encoded_t<BITS, PER_LANE>& out) {
-  constexpr int kGroup = BITS <= 3 ? 16 : 8;  // coordinates packed at a time
+  constexpr int kGroup = BITS <= 3 && PER_LANE >= 16 ? 16 : 8;  // coordinates packed at a time
   float sums[PER_LANE / kGroup];
   out.energy = 0.0f;
   TURBOKV_UNROLL
@@ -152,14 +156,15 @@ TURBOKV_DEVICE void Encode(const float (&y)[PER_LANE], float factor, uint32_t co
       uint32_t codes[4], negative[4];
       TURBOKV_UNROLL
       for (int i = 0; i < 4; ++i) {
-        codes[i] = LowBytes(w[i], w[i + 4], w[i + 8], w[i + 12]);
-        negative[i] = SignBytes(z[i], z[i + 4], z[i + 8], z[i + 12]);
+        constexpr int kThird = kGroup == 16 ? 8 : 0, kFourth = kGroup == 16 ? 12 : 4;
+        codes[i] = LowBytes(w[i], w[i + 4], w[i + kThird], w[i + kFourth]);
+        negative[i] = SignBytes(z[i], z[i + 4], z[i + kThird], z[i + kFourth]);
       }
       const uint32_t word = Select(Select(codes[0], codes[1], 0x33333333),
                                    Select(codes[2], codes[3], 0x33333333), 0x0f0f0f0f);
       const uint32_t flip = Select(Select(negative[0], negative[1], 0x33333333),
                                    Select(negative[2], negative[3], 0x33333333), 0x0f0f0f0f);
-      out.base[first / 16] = word ^ flip;
+      out.base[first / kGroup] = word ^ flip;
     }
   }
   out.product = TreeSum(sums);
@@ -170,7 +175,15 @@ TURBOKV_DEVICE void Encode(const float (&y)[PER_LANE], float factor, uint32_t co
     for (int i = PER_LANE - 1; i >= 0; --i) {
       negative = __funnelshift_l(__float_as_uint(y[i]), negative, 1);
     }
-    out.high = OrderHighBits(role, BITS, ~negative);
+    if constexpr (PER_LANE == 8) {
+      // a plane orders the bits of 16 coordinates: neighbouring lanes each make one byte of it
+      const uint32_t own = ~negative & 0xff, other = __shfl_xor_sync(~0u, own, 1);
+      const bool odd = threadIdx.x & 1;
+      const uint32_t both = OrderHighBits(role, BITS, odd ? other | own << 8 : own | other << 8);
+      out.high = odd ? both >> 8 : both;
+    } else {
+      out.high = OrderHighBits(role, BITS, ~negative);
+    }
   }
 }
 
@@ -280,10 +293,12 @@ TURBOKV_DEVICE void StoreRotated(uint16_t* out, dtype_t dtype, const float (&y)[
   }
 }
 
-/*! \brief Write consecutive words, as widely as their number allows. */
-template <int N>
+/*! \brief Write consecutive words, as widely as their number allows; or the low half of one. */
+template <int BYTES, int N>
 TURBOKV_DEVICE void StoreWords(uint8_t* out, const uint32_t (&words)[N]) {
-  if constexpr (N == 1) {
+  if constexpr (BYTES == 2) {
+    *reinterpret_cast<uint16_t*>(out) = static_cast<uint16_t>(words[0]);
+  } else if constexpr (N == 1) {
     *reinterpret_cast<uint32_t*>(out) = words[0];
   } else if constexpr (N == 2) {
     *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
@@ -296,10 +311,12 @@ TURBOKV_DEVICE void StoreWords(uint8_t* out, const uint32_t (&words)[N]) {
   }
 }
 
-/*! \brief Write the 16 or 32 high bits of a lane. */
+/*! \brief Write the 8, 16 or 32 high bits of a lane. */
 template <int PER_LANE>
 TURBOKV_DEVICE void StoreHigh(uint8_t* out, uint32_t high) {
-  if constexpr (PER_LANE == 16) {
+  if constexpr (PER_LANE == 8) {
+    *out = static_cast<uint8_t>(high);
+  } else if constexpr (PER_LANE == 16) {
     *reinterpret_cast<uint16_t*>(out) = static_cast<uint16_t>(high);
   } else {
     *reinterpret_cast<uint32_t*>(out) = high;
