@@ -93,6 +93,7 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
     config = EngineArgs(
         model=model, skip_tokenizer_init=True, kv_cache_dtype=dtype, **settings
     ).create_engine_config()
+    config.__post_init__()  # as the engine of a server does with what it is sent
     hf = config.model_config.hf_text_config
     kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     torch.set_default_dtype(torch.bfloat16)

@@ -47,7 +47,10 @@ def config(**changes: Any) -> Any:
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=True),
         attention_config=SimpleNamespace(backend=None, use_non_causal=False),
-        compilation_config=SimpleNamespace(splitting_ops_contain_kv_cache_update=lambda: True),
+        compilation_config=SimpleNamespace(
+            mode=SimpleNamespace(name="VLLM_COMPILE"),
+            splitting_ops_contain_kv_cache_update=lambda: True,
+        ),
         speculative_config=None,
         kv_transfer_config=None,
     )
@@ -125,6 +128,12 @@ def test_what_is_not_supported_is_refused_with_a_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=f"kv_cache_dtype=tq4: .*{message}"):
         hooks.check_and_update_config(config(**changes))
+
+
+def test_without_compilation_nothing_has_to_be_split() -> None:
+    found = config(compilation_config__splitting_ops_contain_kv_cache_update=lambda: False)
+    found.compilation_config.mode = SimpleNamespace(name="NONE")
+    hooks.check_and_update_config(found)
 
 
 def test_all_reasons_come_at_once() -> None:

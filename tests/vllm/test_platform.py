@@ -107,6 +107,13 @@ def test_a_page_has_the_size_that_the_user_names(models: pathlib.Path) -> None:
     assert describe(models / "dense", "tq4", block_size=16)["pages"] == [2 * 16 * 132]
 
 
+def test_without_compilation(models: pathlib.Path) -> None:
+    assert set(describe(models / "dense", "tq4", enforce_eager=True)["backends"]) == {"TURBOKV"}
+    without = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    found = describe(models / "dense", "tq4", compilation_config=without)
+    assert set(found["backends"]) == {"TURBOKV"}
+
+
 def test_widths_of_keys_and_values_differ(models: pathlib.Path) -> None:
     assert describe(models / "dense", "tq_k5v3")["pages"] == [2 * 64 * 132]
     assert describe(models / "dense", "tq_k4v2")["pages"] == [2 * 64 * 100]

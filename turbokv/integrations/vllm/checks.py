@@ -97,8 +97,10 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
             yield reason
         if config.model_config.get_head_size() > flashinfer_prefill.MAX_HEAD_DIM:
             yield f"turbokv.path='flashinfer' takes heads up to {flashinfer_prefill.MAX_HEAD_DIM}"
+    # A server checks its configuration twice; without compilation nothing is split by then.
     if (
         options.keeps_window
+        and config.compilation_config.mode.name == "VLLM_COMPILE"
         and not config.compilation_config.splitting_ops_contain_kv_cache_update()
     ):
         yield (

@@ -136,7 +136,7 @@ struct k_fragment_t {
    * less, and the product is the same. It saves shifts at 2 bits, where the query's last bits are
    * far below the error of the codes. */
   static __host__ __device__ constexpr int CodeShift(int j) {
-    return kKind != expand_t::kUniform2 ? 0 : j % 4 == 3 ? 2 : j % 4 * 2;
+    return kKind == expand_t::kUniform2 && j % 4 > 0 ? 2 : 0;
   }
 
   /*! \brief Read the codes of step i: words of rows g and g + 8, and their high bits. */
@@ -270,7 +270,7 @@ struct k_fragment_t {
           if constexpr (kKind == expand_t::kUniform2) {
 #pragma unroll
             for (int f = 0; f < 4; ++f) {
-              const uint32_t field = f < 3 ? w[r][i] : w[r][i] >> (6 - CodeShift(3));
+              const uint32_t field = w[r][i] >> (2 * f - CodeShift(f));
               a[r][4 * i + f] = field & (0x03030303u << CodeShift(f));
             }
           } else {
