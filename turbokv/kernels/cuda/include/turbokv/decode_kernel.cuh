@@ -429,7 +429,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     const int newest_step = r.first_step + r.steps - 1 - step0 + item_begin;
     state_t<C> state;
     state.Reset();
-    const float cap = p.logits_soft_cap * kLog2E, inverse_cap = capped ? 2 / p.logits_soft_cap : 0;
+    const float cap = p.logits_soft_cap * kLog2E,
+                inverse_cap = capped ? __fdividef(2, p.logits_soft_cap) : 0;
     // Scores in powers of two; tanh(y) = 1 - 2 / (exp(2 y) + 1)
     auto soft_cap = [&](float x) {
       return cap * (1 - __fdividef(2, ptx::Exp2(x * inverse_cap) + 1));
