@@ -316,6 +316,7 @@ def test_arguments_are_checked() -> None:
         ("kv_lens", arguments["kv_lens"][:0], ValueError),
         ("page_size", 15, ValueError),
         ("body", "fast", ValueError),
+        ("num_ctas", (1 << 15) + 1, ValueError),
         ("pages", arguments["pages"][..., :-16], ValueError),
         ("workspace", torch.zeros(16, dtype=torch.uint8, device=DEVICE), ValueError),
         ("workspace", torch.zeros(1 << 24, dtype=torch.uint8, device=DEVICE)[8:], ValueError),

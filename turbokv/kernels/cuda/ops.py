@@ -534,7 +534,7 @@ def decode(
     body
         How tiles reach shared memory: ``bulk`` (sm_90 and up), ``cp_async``, or ``auto``.
     num_ctas
-        Thread blocks; 0 for as many as run at a time.
+        Thread blocks, up to 32768; 0 for as many as run at a time.
 
     Returns
     -------

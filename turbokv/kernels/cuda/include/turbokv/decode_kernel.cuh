@@ -12,8 +12,7 @@
 //
 // Scores are exact in the codes: the query is rotated, scaled by its largest coordinate to integers
 // of 16 bits (14 for most of 2-bit keys, see CodeShift) and split in two int8 terms, so that K's
-// levels stay int8. V's levels become fp16 by
-// byte permutes; its scale goes into the probability.
+// levels stay int8. V's levels become fp16 by byte permutes; its scale goes into the probability.
 #ifndef TURBOKV_DECODE_KERNEL_CUH_
 #define TURBOKV_DECODE_KERNEL_CUH_
 
