@@ -224,6 +224,13 @@ I32, I64, U8, F16 = torch.int32, torch.int64, torch.uint8, torch.float16
         ("decode", "out", empty(3, 8, 64), ValueError, "out: wanted shape"),
         ("decode", "lse", empty(8, 3), ValueError, r"lse: wanted shape \[3, 8\]"),
         ("decode", "k_offset", empty(2, 2, 64), ValueError, "k_offset: wanted shape"),
+        (
+            "decode",
+            "k_offset",
+            lambda: empty(2 * 2 * 128 + 1)().as_strided((2, 2, 128), (256, 128, 1), 1),
+            ValueError,
+            "k_offset: wanted strides and a storage offset",
+        ),
         ("decode", "tile_slots", empty(9, 2, dtype=I32), ValueError, "window: wanted a tensor"),
         (
             "decode",

@@ -441,6 +441,8 @@ void DecodeOperator(Tensor q, Tensor pages, std::string k_text, std::string v_te
   if (lse.has_value()) Check(*lse, "lse", {ScalarType::Float}, {nnz, num_qo_heads}, device);
   CheckPacked(sinks, "sinks", ScalarType::Float, {num_qo_heads}, device);
   CheckPacked(k_offset, "k_offset", ScalarType::Float, {-1, num_kv_heads, padded_dim}, device);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(Data<float>(k_offset)) % 16 == 0,
+                  "k_offset: wanted 16-byte alignment");
 
   p.q = q.const_data_ptr();
   p.q_stride_n = q.stride(0);

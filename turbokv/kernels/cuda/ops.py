@@ -525,8 +525,8 @@ def decode(
     tile_slots, window
         16-bit copies that are read instead of codes, as :func:`store` wrote them.
     k_offset
-        float32 ``[num_segments, num_kv_heads, padded_dim]``, contiguous: offsets of centred keys in
-        rotated space, for every 256 tokens.
+        float32 ``[num_segments, num_kv_heads, padded_dim]``, contiguous, 16-byte aligned: offsets
+        of centred keys in rotated space, for every 256 tokens.
     workspace
         uint8, :func:`decode_workspace_bytes` or more, 16-byte aligned, zeros before its first use;
         every call leaves it ready for the next on the same stream, of another batch size as well
@@ -589,6 +589,7 @@ def decode(
     if k_offset is not None:
         shape = (None, num_kv_heads, padded_dim)
         _packed(k_offset, "k_offset", (torch.float32,), shape, device)
+        _aligned(k_offset, "k_offset")
     _copies(tile_slots, window, pages, k_format, page_size)
     out_shape = (nnz, num_qo_heads, padded_dim if rotated_output else head_dim)
     if out is None:

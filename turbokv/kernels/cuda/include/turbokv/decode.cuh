@@ -96,7 +96,7 @@ cudaError_t LaunchCtas(const decode_params_t& p, const decode_options_t& options
     }
     if (error != cudaSuccess) return error;
     const int64_t rows = static_cast<int64_t>(p.max_q_len) * (p.num_qo_heads / p.num_kv_heads);
-    const int64_t items = p.batch_size * (rows + COLUMNS - 1) / COLUMNS * p.num_kv_heads;
+    const int64_t items = (rows + COLUMNS - 1) / COLUMNS * p.batch_size * p.num_kv_heads;
     if (items * 4 >= 14 * sms) {
       using four_t = config_t<HEAD_DIM, K_BITS, V_BITS, UNIFORM2, COLUMNS, BULK, kMaxCtas>;
       return Launch<four_t>(p, options, stream);

@@ -43,8 +43,9 @@ struct decode_params_t {
   float sm_scale, logits_soft_cap;
   int32_t window_left;
   bool causal;
-  const float* sinks;             // [num_qo_heads], natural units; may be null
-  const float* k_offset_rotated;  // [num_segments, num_kv_heads, padded_dim]; may be null
+  const float* sinks;  // [num_qo_heads], natural units; may be null
+  // [num_segments, num_kv_heads, padded_dim], 16-byte aligned; may be null
+  const float* k_offset_rotated;
   int32_t num_segments;
   uint32_t k_signs[16], v_signs[16];  // bit j % 32 of word j / 32: coordinate j is negated
   codebook_t k_codebook, v_codebook;
@@ -72,10 +73,10 @@ constexpr float kLowestTop = 1.f / (1 << kLowestTopExponent);  // below every po
 constexpr float kWindowGain = 1024.f;
 // Maxima are raised to those seen only when a probability times a V scale, which with them is at
 // most 2 to kTopExponent, exceeds kMostProduct: so rarely that it costs nothing. Both are inside
-// fp16 and far from its subnormals. The sum of probabilities is watched as well, for V scales of
-// zero.
+// fp16, as is the sum of two, and far from its subnormals. The sum of probabilities is watched as
+// well, for V scales of zero.
 constexpr int kTopExponent = 11;
-constexpr uint32_t kMostProduct = (15 + 15) << 10;  // bits of 2^15 in fp16
+constexpr uint32_t kMostProduct = (14 + 15) << 10;  // bits of 2^14 in fp16
 constexpr float kMostSum = 1.2e24f;                 // 2^80: fp32 has room for more
 
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, bool BULK, int CTAS>
@@ -121,7 +122,7 @@ struct config_t {
 
   // Static shared memory is a little less.
   static constexpr int kStaticBytes =
-      kWarps * (kMaxStages * (8 + 4 * kTiles) + 256 + 8 * COLUMNS + 8 * kPending + 8) +
+      kWarps * (kMaxStages * (8 + 4 * kTiles) + 384 + 8 * COLUMNS + 8 * kPending + 8) +
       32 * COLUMNS + 4 * (kMaxAligned + 1) + 256;
 
   /*! \param cached Whether requests are kept in shared memory, see DecodeKernel. */

@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ __align__(8) uint64_t barriers[kWarps * kMaxStages];
   __shared__ int slots[kWarps * kMaxStages * kTiles];
-  __shared__ int pages[kWarps][32], kept_slots[kWarps][32];  // of looks to come, see `look`
+  // of looks to come, see `look`
+  __shared__ int pages[kWarps][32], next_pages[kWarps][32], kept_slots[kWarps][32];
   __shared__ columns_t<C> columns;
   __shared__ int2 pending[kWarps][kPending];  // slot, first token
   __shared__ int num_kept[kWarps];
@@ -154,6 +155,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   // rounding would cost more than a tenth.
   int item_ctas = 0, first_cta_of_item = 0, begin = 0, end = 0;
   if (p.batch_size <= C::kMaxAligned) {
+    const int most = total / max(ctas, 1) * 11 / 10 + 1;
     int given = 0;
     bool uneven = false;
     for (int base = 0; base < p.batch_size; base += C::kThreads) {
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
         const int items = r.blocks * p.num_kv_heads;
         const int each = max(1, ProductQuotient(ctas, r.steps, max(total, 1)));
         want = items * each;
-        uneven |= items > 0 && (r.steps + each - 1) / each > total / max(ctas, 1) * 11 / 10 + 1;
+        uneven |= items > 0 && r.steps > most * each;
       }
       want = scan(want, given);
       if (b < p.batch_size) cta_prefix[b + 1] = want;
@@ -175,12 +177,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       if (cta >= given) return;
       const int b = LastAtMost(cta_prefix, p.batch_size, cta);
       const request_t r = request(b);
-      item_ctas = (cta_prefix[b + 1] - cta_prefix[b]) / (r.blocks * p.num_kv_heads);
-      const int item = (cta - cta_prefix[b]) / item_ctas;
+      item_ctas = Quotient(cta_prefix[b + 1] - cta_prefix[b], r.blocks * p.num_kv_heads);
+      const int item = Quotient(cta - cta_prefix[b], item_ctas);
       first_cta_of_item = cta_prefix[b] + item * item_ctas;
       const int part = cta - first_cta_of_item, first = prefix[b] + item * r.steps;
-      begin = first + Share(r.steps, part, item_ctas);
-      end = first + Share(r.steps, part + 1, item_ctas);
+      const int whole = Quotient(r.steps, item_ctas), rest = r.steps - whole * item_ctas;
+      begin = first + whole * part + Quotient(rest * part, item_ctas);
+      end = first + whole * (part + 1) + Quotient(rest * (part + 1), item_ctas);
     }
   }
   if (item_ctas == 0) {
@@ -189,30 +192,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   }
   __syncthreads();
   auto find = [&](int step) { return LastAtMost(prefix, p.batch_size, step); };
-  if (begin < end) {
-    // What the first item reads besides pages comes while those are looked up.
-    const int b = find(begin);
-    const request_t r = request(b);
-    const int item = Quotient(begin - prefix[b], r.steps), head = Quotient(item, r.blocks);
-    const int row = (item - head * r.blocks) * kColumns + warp;
-    if (warp < kColumns && row < r.rows) {
-      const int element = p.q_dtype == dtype_t::kFloat32 ? 4 : 2;
-      const int64_t at = (r.first_row + row / group) * p.q_stride_n +
-                         static_cast<int64_t>(head * group + row % group) * p.q_stride_h;
-      const int j = lane * kLane;
-      if (j < p.head_dim) ptx::Prefetch(static_cast<const uint8_t*>(p.q) + (at + j) * element);
-    }
-    if (p.k_offset_rotated != nullptr) {
-      constexpr int kLines = kHeadDim * 4 / 128;
-      const int last = min(r.length / kTokensPerSegment, p.num_segments - 1);
-      for (int i = tid; i < (last + 1) * kLines && i < kSegmentsPerPass * kLines;
-           i += C::kThreads) {
-        const int64_t segment = last - i / kLines;
-        ptx::Prefetch(p.k_offset_rotated + (segment * p.num_kv_heads + head) * kHeadDim +
-                      i % kLines * 32);
-      }
-    }
-  }
   const int own = end - begin > warp ? (end - begin - warp + kWarps - 1) / kWarps : 0;
 
   // --- the ring; sources of the next steps are looked up by all lanes at once
@@ -269,47 +248,37 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   ring.barriers = ptx::SharedAddress(barriers + warp * num_stages);
   ring.slots = slots + warp * kMaxStages * kTiles;
   ring.num_stages = num_stages;
-  const int32_t *entry = nullptr, *next_entry = nullptr, *after_entry = nullptr;
-  int first_head_tile = 0, head_tile = 0, after_head_tile = 0;
-#pragma unroll 1
-  for (int chunk = 0; chunk < 3; ++chunk) {  // a loop: less to fetch
-    entry = next_entry, next_entry = after_entry;
-    first_head_tile = head_tile, head_tile = after_head_tile;
-    after_head_tile = look(chunk, after_entry);
-  }
-  const int first_page = ptx::LoadIf(entry != nullptr, entry, -1);
-  int page = ptx::LoadIf(next_entry != nullptr, next_entry, -1);
-  bring(pages[warp], after_entry);
-  entry = slot_entry(first_page, first_head_tile);
-  int slot = ptx::LoadIf(entry != nullptr, entry, -1), source_head = first_head_tile >> 20;
-  bring(kept_slots[warp], slot_entry(page, head_tile));
-  if constexpr (C::kBulk) ptx::AsyncCommit();
-  // The first steps are brought before it is known whether they are kept in 16 bits.
-  const uint8_t* source = source_of(first_page, first_head_tile, -1);
+  int page = -1, slot = -1, head_tile = 0, after_head_tile = 0, source_head = 0;
+  const uint8_t* source = nullptr;
   // A bit a lane, for the steps of a look: what is brought, and what is kept in 16 bits.
-  uint32_t present = __ballot_sync(~0u, source != nullptr), kept_of_look = 0;
-  unsigned issued = 0, attended = 0;  // steps
+  uint32_t present = 0, kept_of_look = 0;
+  int issued = 0, attended = 0, write_stage = 0;  // steps: to stages, and read from them
+  int depth = 2;                                  // how many may be issued and not read
   constexpr uint32_t kAllTiles = (1u << kTiles) - 1;
   // Which tiles of the steps in flight are kept in 16 bits, the oldest step in the lowest bits.
   uint64_t kept_tiles = 0;
   static_assert(kMaxStages * kTiles <= 64, "a bit a tile");
-  auto note = [&](int stage) {
+  // The step about to be issued to a stage: which of its tiles are kept in 16 bits.
+  auto note_kept = [&](int stage) {
     const int at = issued % kPerLook * kTiles;
     const uint32_t kept = kept_of_look >> at & kAllTiles;
-    if (kept != 0) {
-      kept_tiles |= static_cast<uint64_t>(kept) << (issued - attended) * kTiles;
-      const int tile = lane - at;
-      if (tile >= 0 && tile < kTiles) {
-        ring.slots[stage * kTiles + tile] = slot;
-        if (C::kBulk && slot >= 0) {
-          ptx::BulkPrefetch(
-              p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
-                                (2 * kTokensPerTile * kHeadDim),
-              4 * kTokensPerTile * kHeadDim);
-        }
+    if (kept == 0) return;
+    kept_tiles |= static_cast<uint64_t>(kept) << (issued - attended) * kTiles;
+    const int tile = lane - at;
+    if (tile >= 0 && tile < kTiles) {
+      ring.slots[stage * kTiles + tile] = slot;
+      if (C::kBulk && slot >= 0) {
+        ptx::BulkPrefetch(
+            p.kv.window + (static_cast<int64_t>(slot) * p.num_kv_heads + source_head) *
+                              (2 * kTokensPerTile * kHeadDim),
+            4 * kTokensPerTile * kHeadDim);
       }
     }
-    if (++issued % kPerLook == 0) {
+  };
+  // The same, and the next look if it was the last step of this one.
+  auto note = [&](int stage) {
+    note_kept(stage);
+    if ((issued + 1) % kPerLook == 0) {
       // All but the newest group of the other body are there, once steps are waited for.
       if (C::kBulk || attended == 0) ptx::AsyncWait<0>();
       slot = kept_slots[warp][lane];
@@ -319,34 +288,51 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       // A lane reads its own integers, and needs them before it sends for the next.
       page = pages[warp][lane], head_tile = after_head_tile;
       bring(kept_slots[warp], slot_entry(page, head_tile));
-      after_head_tile = look(issued / kPerLook + 2, entry);
+      const int32_t* entry;
+      after_head_tile = look((issued + 1) / kPerLook + 2, entry);
       bring(pages[warp], entry);
       if constexpr (C::kBulk) ptx::AsyncCommit();
     }
   };
-  auto issue = [&](int stage) {
-    if (static_cast<int>(issued) < own) {
-      ring.Issue(stage, source, present, issued % kPerLook * kTiles, lane, run);
-      note(stage);
+  // Whatever a multiprocessor asks for, instructions as well, comes after all that it has asked for
+  // before: asking for all stages at once kept the first step from beginning for 8 us. So one step
+  // is asked for at first, one more by the loop, and two for each one read until the ring is full.
+  auto start = [&]() {
+    const int32_t* entry;
+    int first_head_tile = 0;
+#pragma unroll 1
+    for (int chunk = 0; chunk < 3; ++chunk) {  // a loop: less to fetch
+      first_head_tile = head_tile, head_tile = after_head_tile;
+      after_head_tile = look(chunk, entry);
+      bring(chunk == 0 ? kept_slots[warp] : chunk == 1 ? next_pages[warp] : pages[warp], entry);
+      ptx::AsyncCommit();
     }
-    // A group even when nothing is left, so that waiting for all but one means the oldest.
-    if constexpr (!C::kBulk) ptx::AsyncCommit();
+    ptx::AsyncWait<2>();
+    const int first_page = kept_slots[warp][lane];
+    entry = slot_entry(first_page, first_head_tile);
+    slot = ptx::LoadIf(entry != nullptr, entry, -1), source_head = first_head_tile >> 20;
+    // The first step is brought before it is known whether it is kept in 16 bits.
+    source = source_of(first_page, first_head_tile, -1);
+    present = __ballot_sync(~0u, source != nullptr);
+    if (own > 0) ring.Issue(0, source, present, 0, lane, run);
+    ptx::AsyncWait<1>();
+    page = next_pages[warp][lane];
+    bring(kept_slots[warp], slot_entry(page, head_tile));
+    ptx::AsyncCommit();
   };
-  const int first_steps = min(min(num_stages, kPerLook), own);
+  auto refill = [&]() {
 #pragma unroll 1
-  for (int i = 0; i < first_steps; ++i) {
-    ring.Issue(i, source, present, i * kTiles, lane, run);
-    if constexpr (!C::kBulk) ptx::AsyncCommit();
-  }
-  kept_of_look = __ballot_sync(~0u, slot >= 0);
-#pragma unroll 1
-  for (int i = 0; i < num_stages; ++i) {
-    if (i < own) {
-      if (i >= first_steps) ring.Issue(i, source, present, issued % kPerLook * kTiles, lane, run);
-      note(i);
+    for (; issued - attended < depth; ++issued) {
+      if (issued < own) {
+        ring.Issue(write_stage, source, present, issued % kPerLook * kTiles, lane, run);
+        note(write_stage);
+      }
+      // A group even when nothing is left, so that waiting for all but one means the oldest.
+      if constexpr (!C::kBulk) ptx::AsyncCommit();
+      if (++write_stage == num_stages) write_stage = 0;
     }
-    if (!C::kBulk && i >= first_steps) ptx::AsyncCommit();
-  }
+    depth = min(depth + 1, num_stages);
+  };
 
   const int zero = min(num_stages, 0);  // to the compiler any number
   const table_t k_table =
@@ -375,6 +361,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
 
     const int own_position = r.length - r.q_len;
 
+    uint32_t query_bits[kLane];  // of the row that this warp rotates first
+    LoadQuery<C>(p, r, group, head, block, warp, query_bits);
+    if (item_begin == begin) {
+      if (centred) {
+        // The offsets' scores would have to wait for them.
+        constexpr int kLines = kHeadDim * 4 / 128;
+        const int last = min(r.length / kTokensPerSegment, p.num_segments - 1);
+        for (int i = tid; i < (last + 1) * kLines && i < kSegmentsPerPass * kLines;
+             i += C::kThreads) {
+          const int64_t segment = last - i / kLines;
+          ptx::Prefetch(p.k_offset_rotated + (segment * p.num_kv_heads + head) * kHeadDim +
+                        i % kLines * 32);
+        }
+      }
+      start();
+    }
     if (tid == 0) {
       const int first_position = own_position + block * kColumns / group;
       const int last_position = own_position + (min((block + 1) * kColumns, r.rows) - 1) / group;
@@ -383,7 +385,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       item_limits.z = r.length;
     }
 
-    RotateQuery<C>(p, r, group, head, block, k_signs, k_unit, rows, query, columns);
+    RotateQuery<C>(p, r, group, head, block, k_signs, k_unit, query_bits, rows, query, columns);
+    if (item_begin == begin) {
+      kept_of_look = __ballot_sync(~0u, slot >= 0);
+      if (own > 0) note_kept(0);
+      issued = write_stage = 1;
+    }
     __syncthreads();
 
     // --- the query in fragments: column g of a block, bytes of k in order
@@ -595,6 +602,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       for (;;) {
 #pragma unroll 1
         for (; own_step < pass_end && num_pending <= kPending - kTiles; own_step += kWarps) {
+          refill();
           const uint8_t* stage = ring.Wait();
           const int token0 = (newest_step - own_step) * C::kStepTokens;
           // Tiles kept in 16 bits have not been read: skip them here, attend to them below.
@@ -744,7 +752,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
             state.template Softmax<kTiles, false>(s, v_scale, unit, zero, pb);
 
             // --- O[coordinate, column] += V[coordinate, token] P[token, column]
-            float odd[kNB][4] = {};  // corrections of every other tile: half the chain of products
+            float odd[kNB][4] = {};  // half of the corrections: half the chain of products
+            // Of uniform levels the correction is of their size: two tiles' probabilities may be
+            // added in fp16 before. There is room, see kMostProduct.
+            constexpr bool kPairs = kTiles == 8 && V::kKind == expand_t::kUniform2;
 #pragma unroll
             for (int i = 0; i < kTiles; ++i) {
               const uint8_t* v = stage + i * C::kTile + K::kBytes;
@@ -755,8 +766,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
               // sum.
 #pragma unroll
               for (int n = 0; n < kNB; ++n) {
-                ptx::MmaF16(kTiles == 8 && i % 2 == 1 ? odd[n] : state.correction[n], kConstant,
-                            kConstant, kConstant, kConstant, pb[i][n][0], pb[i][n][1]);
+                if constexpr (kPairs) {
+                  if (i % 2 == 1) continue;
+                  ptx::MmaF16(i % 4 == 2 ? odd[n] : state.correction[n], kConstant, kConstant,
+                              kConstant, kConstant, AddHalf2(pb[i][n][0], pb[i + 1][n][0]),
+                              AddHalf2(pb[i][n][1], pb[i + 1][n][1]));
+                } else {
+                  ptx::MmaF16(kTiles == 8 && i % 2 == 1 ? odd[n] : state.correction[n], kConstant,
+                              kConstant, kConstant, kConstant, pb[i][n][0], pb[i][n][1]);
+                }
               }
 #pragma unroll
               for (int section = 0; section < V::kSections; ++section) {
@@ -782,8 +800,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
               }
             }
           }
-          __syncwarp();
-          issue(ring.read);  // the stage just read
+          __syncwarp();  // the stage may be filled again
           ring.Advance();
           if constexpr (V::kKind != expand_t::kUniform2) {
             if (++unflushed == kFlushSteps) state.Flush(), unflushed = 0;

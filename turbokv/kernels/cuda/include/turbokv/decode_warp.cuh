@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a warp does to vectors in decode: loads and stores of any dtype, the Walsh-Hadamard
-// transform, sums, signs.
+// transform, signs, small integers.
 #ifndef TURBOKV_DECODE_WARP_CUH_
 #define TURBOKV_DECODE_WARP_CUH_
 
@@ -15,10 +15,11 @@
 namespace turbokv {
 namespace decode_detail {
 
-__device__ __forceinline__ float LoadAs(const void* p, int64_t i, dtype_t dtype) {
-  if (dtype == dtype_t::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
-  if (dtype == dtype_t::kFloat16) return __half2float(static_cast<const __half*>(p)[i]);
-  return static_cast<const float*>(p)[i];
+/*! \brief A number of a dtype, in the low bits. */
+__device__ __forceinline__ float FromBits(uint32_t bits, dtype_t dtype) {
+  if (dtype == dtype_t::kBFloat16) return __uint_as_float(bits << 16);
+  if (dtype == dtype_t::kFloat32) return __uint_as_float(bits);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 __device__ __forceinline__ void StoreAs(void* p, int64_t i, dtype_t dtype, float x) {
@@ -52,29 +53,6 @@ __device__ __forceinline__ void WarpHadamard(float (&x)[N], int lane) {
       const float other = __shfl_xor_sync(~0u, x[i], stride);
       x[i] = (lane & stride) ? other - x[i] : x[i] + other;
     }
-  }
-}
-
-/*! \brief Sum N values over the lanes of a warp together: lane l gets the sum of value l / (32 /
- * N).
- */
-template <int N, int LANES = 32>
-__device__ __forceinline__ float SumSpread(const float (&x)[N], int lane) {
-  if constexpr (N == 1) {
-    float sum = x[0];
-#pragma unroll
-    for (int q = LANES / 2; q > 0; q /= 2) sum += __shfl_xor_sync(~0u, sum, q);
-    return sum;
-  } else {
-    constexpr int kHalf = N / 2;
-    const bool upper = lane & (LANES / 2);
-    float y[kHalf];
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float keep = upper ? x[i + kHalf] : x[i], give = upper ? x[i] : x[i + kHalf];
-      y[i] = keep + __shfl_xor_sync(~0u, give, LANES / 2);
-    }
-    return SumSpread<kHalf, LANES / 2>(y, lane);
   }
 }
 
@@ -127,6 +105,13 @@ __device__ __forceinline__ int ProductQuotient(int x, int y, int z) {
 __device__ __forceinline__ int Share(int x, int i, int n) {
   const unsigned whole = static_cast<unsigned>(x) / n, rest = x - whole * n;
   return static_cast<int>(whole * i + rest * i / n);
+}
+
+/*! \brief Sums of two pairs of fp16. */
+__device__ __forceinline__ uint32_t AddHalf2(uint32_t a, uint32_t b) {
+  const __half2 x =
+      __hadd2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&x);
 }
 
 __device__ __forceinline__ uint32_t PackHalf2(float a, float b) {

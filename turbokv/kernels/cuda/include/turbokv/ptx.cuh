@@ -61,6 +61,17 @@ __device__ __forceinline__ void MmaF16(float (&c)[4], uint32_t a0, uint32_t a1, 
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/*! \brief c[16x8] += a[16x8] * b[8x8], of whose fp32 numbers only the first 11 bits of a mantissa
+ * count. */
+__device__ __forceinline__ void MmaTf32(float (&c)[4], float a0, float a1, float a2, float a3,
+                                        float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)),
+        "r"(__float_as_uint(a3)), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
 /*! \brief Transpose an 8x8 matrix of 16-bit elements held two a lane. */
 __device__ __forceinline__ uint32_t Transpose8x8(uint32_t x) {
   uint32_t r;
@@ -168,6 +179,24 @@ __device__ __forceinline__ void Prefetch(const void* global) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 #endif
+}
+
+/*! \brief The 16 bits at `from`, or 32 if `is_wide`, if `valid`, else 0: without a branch. */
+__device__ __forceinline__ uint32_t LoadBitsIf(bool valid, const void* from, bool is_wide) {
+  uint32_t x = 0;
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{\n"
+      ".reg .pred valid, wide, narrow;\n"
+      "setp.ne.s32 valid, %2, 0;\n"
+      "setp.ne.and.s32 wide|narrow, %3, 0, valid;\n"
+      "@wide ld.global.nc.b32 %0, [%1];\n"
+      "@narrow ld.global.nc.u16 %0, [%1];\n"
+      "}"
+      : "+r"(x)
+      : "l"(from), "r"(static_cast<int>(valid)), "r"(static_cast<int>(is_wide)));
+#endif
+  return x;
 }
 
 /*! \brief The integer at `from` if `valid`, else `otherwise`: without a branch, behind which the
