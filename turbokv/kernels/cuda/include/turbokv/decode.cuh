@@ -153,9 +153,9 @@ inline int64_t DecodeWorkspaceBytes(int batch_size, int num_qo_heads, int num_kv
  *
  *  \tparam HEAD_DIM Coordinates stored: head_dim padded to a power of two, 64 to 512.
  *  \tparam UNIFORM2 Whether 2-bit codebooks are {m, 3 m}; false takes any, by lookup.
- *  \return cudaErrorInvalidValue if the workspace is too small, cudaErrorInvalidConfiguration if
- * the device has too little shared memory, cudaErrorNoKernelImageForDevice for a body that the
- * device or the build lacks.
+ *  \return cudaErrorInvalidValue if the workspace is too small or k_offset_rotated not aligned,
+ * cudaErrorInvalidConfiguration if the device has too little shared memory,
+ * cudaErrorNoKernelImageForDevice for a body that the device or the build lacks.
  */
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2 = true>
 cudaError_t Decode(const decode_params_t& p, const decode_options_t& options, cudaStream_t stream) {
@@ -169,7 +169,9 @@ cudaError_t Decode(const decode_params_t& p, const decode_options_t& options, cu
   if (error != cudaSuccess) return error;
   // The sums of two bytes that stand for 4-bit levels need room for one more, see MakeTable.
   if (K_BITS == 4 && p.k_codebook.magnitudes[0] < 2) return cudaErrorInvalidValue;
-  // Heads and tiles of a page share an integer, see place_t.
+  // Offsets are loaded four at a time.
+  if (reinterpret_cast<uintptr_t>(p.k_offset_rotated) % 16 != 0) return cudaErrorInvalidValue;
+  // Heads and tiles of a page share an integer, see `look` in DecodeKernel.
   if (p.num_kv_heads >= 1 << 11 || p.kv.page_size / kTokensPerTile >= 1 << 20) {
     return cudaErrorInvalidValue;
   }
