@@ -27,6 +27,60 @@ def error(x: Tensor, read: Tensor) -> float:
     return float((read.double() - x.double()).square().sum() / x.double().square().sum())
 
 
+# --- the quick start ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quick_start(device: str, dtype: torch.dtype) -> None:
+    codec = TurboKVCodec(head_dim=128, bit_width=4, device=device)
+    keys = normal(2, 8, 100, 128).to(device, dtype)
+    values = normal(2, 8, 100, 128, seed=1).to(device, dtype)
+    k_packed, k_norms = codec.compress_k(keys)
+    v_packed, v_norms = codec.compress_v(values)
+    assert k_packed.shape == v_packed.shape == (2, 8, 100, 64)
+    k, v = codec.decompress_k(k_packed, k_norms), codec.decompress_v(v_packed, v_norms)
+    for read, x in ((k, keys), (v, values)):
+        assert (read.shape, read.dtype, read.device) == (x.shape, dtype, x.device)
+        assert error(x, read) < 0.0095
+    query = normal(2, 8, 1, 128, seed=2).to(device, dtype)
+    scores = codec.rotate_query(query) @ codec.decompress_k_raw(k_packed, k_norms).mT
+    want = query.float() @ k.float().mT
+    assert float((scores.float() - want).norm() / want.norm()) < 0.02  # bf16 rounds twice
+
+
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({}, (4, 4)),
+        ({"bit_width": 3}, (3, 3)),
+        ({"bit_width": 3, "k_bits": 5}, (5, 3)),
+        ({"bit_width": 3, "v_bits": 2}, (3, 2)),
+        ({"bit_width": 3, "k_bits": 5, "v_bits": 2}, (5, 2)),
+        ({"k_bits": 5}, (5, 5)),
+        ({"v_bits": 3}, (4, 3)),
+    ],
+)
+def test_bit_width_sets_both_and_each_own_width_overrides_it(
+    options: dict[str, int], widths: tuple[int, int]
+) -> None:
+    codec = TurboKVCodec(64, **options)
+    assert (codec.k_bits, codec.v_bits) == widths
+    assert [codec.vector_format(role).bits for role in ("k", "v")] == list(widths)
+
+
+def test_decompressed_dtype_is_the_role_s_own_input_unless_it_is_fixed() -> None:
+    codec = TurboKVCodec(64)
+    wide, narrow = codec.compress_k(normal(3, 64)), codec.compress_v(normal(3, 64).half())
+    fresh = TurboKVCodec(64)
+    assert fresh.decompress_v(*narrow).dtype == torch.float32
+    assert codec.decompress_k(*wide).dtype == torch.float32
+    assert codec.decompress_v(*narrow).dtype == torch.float16
+    assert codec.decompress_v_raw(*narrow, dtype=torch.bfloat16).dtype == torch.bfloat16
+    fixed = TurboKVCodec(64, dtype=torch.bfloat16)
+    assert fixed.decompress_k(*fixed.compress_k(normal(3, 64))).dtype == torch.bfloat16
+
+
 # --- shapes, strides, dtypes, outputs -------------------------------------------------------------
 
 
@@ -89,7 +143,7 @@ def test_sixteen_bit_input_is_its_fp32_value(dtype: torch.dtype) -> None:
         assert torch.equal(got, want)
     packed, norms = codec.compress_v(x)
     narrow = codec.decompress_v(packed, norms, dtype=dtype)
-    assert torch.equal(narrow, codec.decompress_v(packed, norms).to(dtype))
+    assert torch.equal(narrow, codec.decompress_v(packed, norms, dtype=torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
@@ -280,7 +334,7 @@ def test_infinity_counts_as_the_input_limit(dtype: torch.dtype) -> None:
     clamped = x.float().clamp(-core.INPUT_LIMIT, core.INPUT_LIMIT)
     for got, want in zip(codec.compress_k(x), codec.compress_k(clamped), strict=True):
         assert torch.equal(got, want)
-    read = codec.decompress_k(*codec.compress_k(x))
+    read = codec.decompress_k(*codec.compress_k(x), dtype=torch.float32)
     assert read.isfinite().all()
     assert int(read[0].argmax()) == 5 and int(read[1].argmin()) == 7
 

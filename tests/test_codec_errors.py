@@ -145,6 +145,17 @@ BAD: list[tuple[Callable[[TurboKVCodec], Any], type[Exception], str]] = [
     (lambda c: TurboKVCodec("128"), TypeError, "head_dim: wanted an int, got '128'"),
     (lambda c: TurboKVCodec(128, 1), ValueError, "k_bits: wanted 2 to 8, got 1"),
     (lambda c: TurboKVCodec(128, 4, 9), ValueError, "v_bits: wanted 2 to 8, got 9"),
+    (lambda c: TurboKVCodec(128, bit_width=1), ValueError, "bit_width: wanted 2 to 8, got 1"),
+    (
+        lambda c: TurboKVCodec(128, 4, 4, bit_width=4.0),
+        TypeError,
+        "bit_width: wanted an int from 2 to 8, got 4.0",
+    ),
+    (
+        lambda c: TurboKVCodec(128, dtype=torch.float64),
+        TypeError,
+        "dtype: wanted float32, float16 or bfloat16, got torch.float64",
+    ),
     (
         lambda c: TurboKVCodec(128, 4.0),
         TypeError,

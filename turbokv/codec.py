@@ -9,6 +9,7 @@ from torch import Tensor
 from turbokv import core, kernels
 from turbokv.core import DEFAULT_SEED, Codebook, Role, ScaleRule, VectorFormat
 
+DEFAULT_BITS = 4
 # Chosen by KL on a real model, not by MSE: README, "Which scale".
 DEFAULT_K_RULE: ScaleRule = "unbiased"
 DEFAULT_V_RULE: ScaleRule = "least_squares"
@@ -23,13 +24,19 @@ class TurboKVCodec:
         Elements per vector, 8 to 512. Sizes that are no power of two are zero-padded to the next
         one (96 is stored as 128, a third more bytes).
     k_bits, v_bits
-        Widths, 2 to 8. ``v_bits`` defaults to ``k_bits``.
+        Widths, 2 to 8; 4 unless ``bit_width`` says otherwise. ``v_bits`` defaults to ``bit_width``
+        if that is given, else to ``k_bits``.
+    bit_width
+        Width of both; ``k_bits`` and ``v_bits`` override it, each for its own.
     seed
         Seeds the rotation signs; K and V differ for every seed.
     device
         Where tensors are. Calls on another device raise.
     norm_dtype
         dtype of the stored scale: float16 (default), bfloat16 or float32.
+    dtype
+        dtype of decompressed vectors: float32, float16 or bfloat16. None (default) is that of the
+        vectors that this codec last compressed, K and V apart, and float32 before there were any.
     k_scale_rule, v_scale_rule
         ``plain``, ``norm_corrected``, ``least_squares`` or ``unbiased``
         (:func:`core.stored_scale`).
@@ -58,12 +65,14 @@ class TurboKVCodec:
     def __init__(
         self,
         head_dim: int,
-        k_bits: int = 4,
+        k_bits: int | None = None,
         v_bits: int | None = None,
         *,
+        bit_width: int | None = None,
         seed: int = DEFAULT_SEED,
         device: torch.device | str = "cpu",
         norm_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
         k_scale_rule: ScaleRule = DEFAULT_K_RULE,
         v_scale_rule: ScaleRule = DEFAULT_V_RULE,
         k_codebook: Codebook | None = None,
@@ -72,12 +81,14 @@ class TurboKVCodec:
     ) -> None:
         self.head_dim = head_dim
         self.padded_dim = core.padded_dim(head_dim)
-        self.k_bits = core.check_bits(k_bits, "k_bits")
-        self.v_bits = core.check_bits(k_bits if v_bits is None else v_bits, "v_bits")
+        self.k_bits, self.v_bits = _widths(k_bits, v_bits, bit_width)
         self.seed = seed
         self.device = _usable_device(device)
         self.backend = kernels.check_backend(backend)
         kernels.resolve_backend(self.backend, self.device)
+        self.dtype = dtype if dtype is None else _check_result_dtype(dtype)
+        # what decompression gives unless told otherwise
+        self._dtypes: dict[Role, torch.dtype] = dict.fromkeys(("k", "v"), dtype or torch.float32)
         self._formats: dict[Role, VectorFormat] = {}
         choices: tuple[tuple[Role, int, ScaleRule, Codebook | None], ...] = (
             ("k", self.k_bits, k_scale_rule, k_codebook),
@@ -181,6 +192,8 @@ class TurboKVCodec:
         fmt = self._formats[role]
         core.check_vectors(x, self.head_dim, role)
         self._check_device(x, role)
+        if self.dtype is None:
+            self._dtypes[role] = x.dtype
         lead = x.shape[:-1]
         packed = self._output(out_packed, "out_packed", (*lead, fmt.packed_dim), torch.uint8)
         norms = self._output(out_norms, "out_norms", lead, fmt.norm_dtype)
@@ -212,7 +225,7 @@ class TurboKVCodec:
         norms: Tensor,
         *,
         offset: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Decompress keys to the original space.
@@ -225,7 +238,8 @@ class TurboKVCodec:
             The offset given to :meth:`compress_k`, broadcastable to the result; added back except
             to marked vectors.
         dtype
-            Floating dtype of a new result; ``out`` carries its own.
+            float32, float16 or bfloat16, of a new result; None is the codec's ``dtype``. ``out``
+            carries its own.
         out
             Contiguous output ``[..., head_dim]``.
 
@@ -241,7 +255,7 @@ class TurboKVCodec:
         packed: Tensor,
         norms: Tensor,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Decompress values to the original space; as :meth:`decompress_k`."""
@@ -253,7 +267,7 @@ class TurboKVCodec:
         norms: Tensor,
         *,
         offset: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Decompress keys to rotated space, ``[..., padded_dim]``: what a rotated query meets.
@@ -267,7 +281,7 @@ class TurboKVCodec:
         packed: Tensor,
         norms: Tensor,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Decompress values to rotated space, ``[..., padded_dim]``; un-rotate what they sum to."""
@@ -279,7 +293,7 @@ class TurboKVCodec:
         packed: Tensor,
         norms: Tensor,
         offset: Tensor | None,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         out: Tensor | None,
         *,
         rotated: bool,
@@ -288,10 +302,9 @@ class TurboKVCodec:
         self._check_stored(packed, norms, fmt)
         dim = fmt.padded_dim if rotated else fmt.head_dim
         shape = (*packed.shape[:-1], dim)
-        if out is not None:
-            dtype = out.dtype if isinstance(out, Tensor) else dtype
-        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"dtype: wanted float32, float16 or bfloat16, got {dtype}")
+        if isinstance(out, Tensor):
+            dtype = out.dtype
+        dtype = self._dtypes[role] if dtype is None else _check_result_dtype(dtype)
         result = self._output(out, "out", shape, dtype)
         # the offset is added in fp32, so a 16-bit result is rounded once
         target = result
@@ -397,6 +410,21 @@ class TurboKVCodec:
                 f"norms: wanted shape {list(packed.shape[:-1])} to match packed,"
                 f" got {list(norms.shape)}"
             )
+
+
+def _widths(k_bits: int | None, v_bits: int | None, both: int | None) -> tuple[int, int]:
+    """Return the widths of K and V, from their own arguments or from the one for both."""
+    if both is not None:
+        core.check_bits(both, "bit_width")
+    k = core.check_bits(k_bits, "k_bits") if k_bits is not None else both or DEFAULT_BITS
+    v = core.check_bits(v_bits, "v_bits") if v_bits is not None else both or k
+    return k, v
+
+
+def _check_result_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"dtype: wanted float32, float16 or bfloat16, got {dtype}")
+    return dtype
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

@@ -361,8 +361,8 @@ class PagedKVCache:
         """
         k_packed, k_norms, v_packed, v_norms = self.gather_packed(kv_indices, length)
         offset = self._token_offsets(k_offset, length)
-        k = self.codec.decompress_k(k_packed, k_norms, offset=offset)
-        return k, self.codec.decompress_v(v_packed, v_norms)
+        k = self.codec.decompress_k(k_packed, k_norms, offset=offset, dtype=torch.float32)
+        return k, self.codec.decompress_v(v_packed, v_norms, dtype=torch.float32)
 
     def attention(
         self,
@@ -423,8 +423,9 @@ class PagedKVCache:
         for rows, pages, length in self._requests(q.shape[0], *tables):
             k_packed, k_norms, v_packed, v_norms = self.gather_packed(pages, length)
             offset = self._token_offsets(k_offset, length)
-            k = self.codec.decompress_k_raw(k_packed, k_norms, offset=offset).to(torch.float64)
-            v = self.codec.decompress_v_raw(v_packed, v_norms).to(torch.float64)
+            k = self.codec.decompress_k_raw(k_packed, k_norms, offset=offset, dtype=torch.float32)
+            v = self.codec.decompress_v_raw(v_packed, v_norms, dtype=torch.float32)
+            k, v = k.to(torch.float64), v.to(torch.float64)
             logits = torch.einsum("qhgd,khd->qhgk", rotated[rows], k) * scale
             if logits_soft_cap > 0:
                 logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
