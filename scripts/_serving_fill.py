@@ -119,7 +119,7 @@ def _pattern(cache: Tensor) -> Tensor:
 def _give_windows(filled: list[tuple[list[int], int]], block_size: int) -> None:
     """Give the filled requests the 16-bit copies they would have after a real prefill."""
     try:
-        from turbokv.integrations.vllm.window import live_windows
+        from turbokv.integrations.vllm.window.pool import live_windows
     except ImportError:  # no TurboKV beside this vLLM: rivals have no windows
         return
     for window in live_windows():

@@ -229,7 +229,7 @@ class Bench:
     def window(self) -> dict[str, Any] | None:
         """Return what the 16-bit window did, or None without one."""
         try:
-            from turbokv.integrations.vllm.window import live_windows
+            from turbokv.integrations.vllm.window.pool import live_windows
         except ImportError:
             return None
         return next((vars(window.metrics()) for window in live_windows()), None)

@@ -183,7 +183,7 @@ def child(args: argparse.Namespace) -> None:
         ]
         result["log_probability_error"] = sum(errors) / len(errors)
     try:
-        from turbokv.integrations.vllm.window import live_windows
+        from turbokv.integrations.vllm.window.pool import live_windows
 
         result["window"] = next((vars(window.metrics()) for window in live_windows()), None)
     except ImportError:

@@ -28,8 +28,8 @@ _FLASHINFER_BUILD = ("setuptools==84.2.1", "packaging==26.4", "apache-tvm-ffi==0
 
 
 def identity_module(root: Path) -> ModuleType:
-    """Load ``turbokv/integrations/identity.py`` by its path: importing turbokv needs PyTorch."""
-    path = root / "turbokv" / "integrations" / "identity.py"
+    """Load ``turbokv.integrations.build_identity`` by its path: importing turbokv needs PyTorch."""
+    path = root / "turbokv" / "integrations" / "build_identity.py"
     spec = importlib.util.spec_from_file_location("turbokv_identity", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from turbokv.integrations.vllm.window import RecentWindow
+from turbokv.integrations.vllm.window.pool import RecentWindow
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from turbokv.integrations import identity
+from turbokv.integrations import build_identity
 
 ROOT = Path(__file__).parents[2]
 HEADER = "kernels/cuda/include/turbokv/paged_kv.cuh"
@@ -68,7 +68,7 @@ def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) ->
     packages = installed()
     build(copy)
     assert installed() == packages
-    before = identity.identity(copy / "turbokv")
+    before = build_identity.identity(copy / "turbokv")
     first = digests(copy)
     assert len(first) == 3
 
@@ -91,8 +91,8 @@ def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) ->
     header.write_text(text)
     assert "up to date" not in build(copy)
 
-    after = identity.identity(copy / "turbokv")
-    version = identity.wheel_version(after)
+    after = build_identity.identity(copy / "turbokv")
+    version = build_identity.wheel_version(after)
     assert after["HEADERS_SHA256"] != before["HEADERS_SHA256"]
     with one(copy, "flashinfer_python") as wheel:
         name = "flashinfer/data/include/turbokv/paged_kv.cuh"
@@ -105,7 +105,9 @@ def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) ->
         ("vllm", "vllm"),
     ):
         with one(copy, name) as wheel:
-            assert wheel.read(f"{package}/{identity.FILE}").decode() == identity.render(after)
+            assert wheel.read(f"{package}/{build_identity.FILE}").decode() == build_identity.render(
+                after
+            )
             if package != "turbokv":
                 (info,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
                 assert f"\nRequires-Dist: turbokv=={version}\n" in wheel.read(info).decode()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from turbokv.integrations import identity
+from turbokv.integrations import build_identity
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -67,8 +67,8 @@ def test_the_record_lists_every_file_with_its_hash(wheel: zipfile.ZipFile) -> No
 
 
 def test_it_carries_this_build(wheel: zipfile.ZipFile, package: str) -> None:
-    text = wheel.read(f"{package}/{identity.FILE}").decode()
-    assert text == identity.render(identity.identity(ROOT / "turbokv"))
+    text = wheel.read(f"{package}/{build_identity.FILE}").decode()
+    assert text == build_identity.render(build_identity.identity(ROOT / "turbokv"))
     ast.parse(text)
 
 
@@ -78,7 +78,7 @@ def test_the_file_name_says_the_version(package: str) -> None:
 
 def test_forks_require_exactly_this_turbokv() -> None:
     (version,) = metadata("turbokv")["Version"]
-    assert version == identity.wheel_version(identity.identity(ROOT / "turbokv"))
+    assert version == build_identity.wheel_version(build_identity.identity(ROOT / "turbokv"))
     for fork in ("flashinfer", "vllm"):
         found = [r for r in metadata(fork)["Requires-Dist"] if r.startswith("turbokv")]
         assert found == [f"turbokv=={version}"]
@@ -91,7 +91,7 @@ def test_vllm_requires_exactly_this_flashinfer() -> None:
 
 def test_vllm_differs_from_upstream_by_patches_shims_and_version_alone() -> None:
     fork = base.Fork.load("vllm", ROOT)
-    allowed = {*base.patched_paths(fork), *wheels.overlay(fork), f"vllm/{identity.FILE}"}
+    allowed = {*base.patched_paths(fork), *wheels.overlay(fork), f"vllm/{build_identity.FILE}"}
     allowed |= {"vllm/_version.py"}
 
     def contents(path: Path) -> dict[str, tuple[int, int, int]]:
@@ -121,7 +121,7 @@ def test_flashinfer_differs_from_upstream_by_patches_shims_and_our_sources_alone
         return name if name.startswith("flashinfer/") and name.endswith(".py") else None
 
     allowed = {place(name) for name in (*base.patched_paths(fork), *wheels.overlay(fork))} - {None}
-    allowed |= {f"flashinfer/{identity.FILE}", "flashinfer/_build_meta.py"}
+    allowed |= {f"flashinfer/{build_identity.FILE}", "flashinfer/_build_meta.py"}
     with zipfile.ZipFile(wheel_path("flashinfer")) as opened:
         ours = {
             name: hashlib.sha256(opened.read(name)).digest()

@@ -19,7 +19,7 @@ import torch
 
 from tests.vllm import engine as e
 from tests.vllm import models
-from turbokv.integrations.vllm.window import live_windows
+from turbokv.integrations.vllm.window.pool import live_windows
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
@@ -191,7 +191,7 @@ def test_paths_agree(kind: str, options: dict[str, Any], folder: pathlib.Path) -
 def test_the_flashinfer_path_agrees(
     kind: str, window: dict[str, Any], folder: pathlib.Path
 ) -> None:
-    from turbokv.integrations.vllm.flashinfer_prefill import why_unavailable
+    from turbokv.integrations.vllm.prefill.flashinfer import why_unavailable
 
     reason = why_unavailable()
     if reason is not None:
@@ -304,7 +304,7 @@ def test_batches_that_grow_and_shrink(folder: pathlib.Path) -> None:
 def test_pages_travel_through_a_connector(
     folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turbokv.integrations.vllm import identity_kv
+    from turbokv.integrations.vllm import connectors
 
     model = models.make_tiny("dense", folder / "dense")
     requests, wanted = reference_of(model, (LONG, 40, 130), 6, 0, TOKENS)
@@ -314,14 +314,14 @@ def test_pages_travel_through_a_connector(
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
     }
     loaded: list[int] = []
-    forget = identity_kv.forget_copies
+    forget = connectors.forget_copies
 
     def counting(blocks: Any, block_size: int) -> None:
         blocks = list(blocks)
         loaded.extend(blocks)
         forget(blocks, block_size)
 
-    monkeypatch.setattr(identity_kv, "forget_copies", counting)
+    monkeypatch.setattr(connectors, "forget_copies", counting)
     window = {"window": 128, "sinks": 4}
     # this example stores a prompt's first step only, and looks for whole prompts
     settings = {"kv_transfer_config": connector, "max_num_batched_tokens": 2 * LONG}
@@ -371,7 +371,7 @@ def test_the_workspace_is_bounded_at_250_000_tokens(folder: pathlib.Path) -> Non
 def test_heads_beyond_flash_attention_prefill_in_slices(
     folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turbokv.integrations.vllm.impl import TurboKVImpl
+    from turbokv.integrations.vllm.attention.impl import TurboKVImpl
 
     make = TurboKVImpl.__init__
 

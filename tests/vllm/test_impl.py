@@ -19,7 +19,7 @@ if importlib.util.find_spec("vllm.turbokv_hooks") is None:
     [("alibi_slopes", [0.5, 0.25]), ("attn_type", "encoder"), ("qk_clip", 1.0)],
 )
 def test_what_it_does_not_do_is_refused_by_name(name: str, value: Any) -> None:
-    from turbokv.integrations.vllm.impl import TurboKVImpl
+    from turbokv.integrations.vllm.attention.impl import TurboKVImpl
 
     with pytest.raises(ValueError, match=f"{name}: wanted .*, got"):
         TurboKVImpl(2, 64, 0.125, 2, kv_cache_dtype="tq4", **{name: value})

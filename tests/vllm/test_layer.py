@@ -15,8 +15,8 @@ from turbokv.calibration import (
 )
 from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies
 from turbokv.core import Codebook
-from turbokv.integrations.vllm import kernels_torch as kernels
-from turbokv.integrations.vllm.layer import CacheLayer, check_calibration, head_slice
+from turbokv.integrations.vllm.attention import steps_torch as kernels
+from turbokv.integrations.vllm.attention.layer import CacheLayer, check_calibration, head_slice
 from turbokv.paged import PageLayout
 
 HEADS, DIM, PAGE = 2, 64, 32

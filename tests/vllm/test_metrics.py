@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbokv.integrations.vllm import metrics
-from turbokv.integrations.vllm.window import RecentWindow
+from turbokv.integrations.vllm.window import metrics
+from turbokv.integrations.vllm.window.pool import RecentWindow
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,8 +76,8 @@ def test_another_process_sees_them(tmp_path: Path) -> None:
     """As vLLM does it: the engine counts, the web server shows."""
     worker = textwrap.dedent("""
         import torch
-        from turbokv.integrations.vllm import metrics
-        from turbokv.integrations.vllm.window import RecentWindow
+        from turbokv.integrations.vllm.window import metrics
+        from turbokv.integrations.vllm.window.pool import RecentWindow
         window = RecentWindow(10, 16, 2, 48, 4, "cpu")
         metrics.watch(window)
         lens = torch.tensor([64], dtype=torch.int32)

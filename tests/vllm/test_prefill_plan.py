@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, slices, workspace_floor
+from turbokv.integrations.vllm.prefill.plan import Group, chunks, plan, slices, workspace_floor
 
 
 def test_fresh_rows_need_no_workspace() -> None:

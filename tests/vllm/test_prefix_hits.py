@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.test_checks import config
-from turbokv.integrations.vllm import hooks, prefix_hits
+from tests.vllm.test_startup import config
+from turbokv.integrations.vllm import hooks
+from turbokv.integrations.vllm.window import prefix_hits
 
-SYNC = "turbokv.integrations.vllm.scheduler.WindowScheduler"
-ASYNC = "turbokv.integrations.vllm.scheduler.AsyncWindowScheduler"
+SYNC = "turbokv.integrations.vllm.window.scheduler.WindowScheduler"
+ASYNC = "turbokv.integrations.vllm.window.scheduler.AsyncWindowScheduler"
 
 
 def scheduler_of(**changes: Any) -> Any:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turbokv import kernels
-from turbokv.integrations.vllm import window as window_module
-from turbokv.integrations.vllm.window import (
+from turbokv.integrations.vllm.window import pool as window_module
+from turbokv.integrations.vllm.window.pool import (
     TILE,
     RecentWindow,
     pool_slots,

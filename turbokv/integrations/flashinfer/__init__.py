@@ -4,7 +4,7 @@
 Needs the patched FlashInfer (``patches/flashinfer``), which exports these names too.
 """
 
-from turbokv.integrations import identity
+from turbokv.integrations import build_identity
 from turbokv.integrations.flashinfer.decode import BatchDecodeWithPagedTurboKVCacheWrapper
 from turbokv.integrations.flashinfer.jit import gen_turbokv_modules
 from turbokv.integrations.flashinfer.page import append_paged_turbokv_cache
@@ -18,4 +18,4 @@ __all__ = [
 ]
 
 # FlashInfer compiles its own copies of our headers: one built with others ends here.
-identity.check("flashinfer", "flashinfer-python")
+build_identity.check("flashinfer", "flashinfer-python")

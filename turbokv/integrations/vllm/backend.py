@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 
+from turbokv.integrations.vllm.attention.impl import TurboKVImpl
+from turbokv.integrations.vllm.attention.metadata import TurboKVMetadataBuilder
 from turbokv.integrations.vllm.dtypes import (
     CACHE_DTYPES,
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
     slot_bytes,
 )
-from turbokv.integrations.vllm.impl import TurboKVImpl
-from turbokv.integrations.vllm.metadata import TurboKVMetadataBuilder
 from turbokv.paged import TILE
 
 # Decode brings four tiles at a time, which then lie together: 2 to 5% faster than pages of 16.

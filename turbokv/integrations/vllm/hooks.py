@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from turbokv.integrations import identity
+from turbokv.integrations import build_identity
 from turbokv.integrations.vllm.dtypes import CACHE_DTYPES, slot_bytes
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # Pages are written and read by both: a vLLM that was built with another turbokv ends here.
-identity.check("vllm", "vllm")
+build_identity.check("vllm", "vllm")
 
 
 def is_turbokv(kv_cache_dtype: object) -> bool:
@@ -36,10 +36,9 @@ def check_and_update_config(vllm_config: Any) -> None:
     before any layer is made.
     """
     if is_turbokv(vllm_config.cache_config.cache_dtype):
-        from turbokv.integrations.vllm import checks, prefix_hits
+        from turbokv.integrations.vllm import startup
 
-        checks.check_and_update(vllm_config)
-        prefix_hits.check_and_update(vllm_config)
+        startup.complete(vllm_config)
 
 
 def token_page_bytes(vllm_config: Any) -> int:
@@ -59,6 +58,6 @@ def layer_spec(layer: Any, vllm_config: Any) -> Any:
 def after_worker_call(engine_core: Any, method: Any) -> None:
     """Forget cached pages after workers took other weights; at the end of every worker call."""
     if is_turbokv(engine_core.vllm_config.cache_config.cache_dtype):
-        from turbokv.integrations.vllm import identity_kv
+        from turbokv.integrations.vllm import connectors
 
-        identity_kv.after_worker_call(engine_core, method)
+        connectors.after_worker_call(engine_core, method)

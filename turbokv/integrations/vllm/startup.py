@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused at start-up, each with a sentence, and what the options change in vLLM's config.
+"""What happens at start-up, in order: checks, each with a sentence, then changes of vLLM's config.
 
 Everything that would otherwise fail in the middle of serving, or answer wrongly, belongs here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from turbokv.integrations.vllm import flashinfer_prefill, identity_kv
+from turbokv.integrations.vllm import connectors
 from turbokv.integrations.vllm.dtypes import MAX_HEAD_DIM, MIN_HEAD_DIM
+from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, max_decode_queries
 from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.prefill import flashinfer
+from turbokv.integrations.vllm.window import prefix_hits
 
-# Rows of one request that the decode kernel attends with in one call; longer ones are prefill.
-MAX_DECODE_QUERIES = 8
+# --- checks ---------------------------------------------------------------------------------------
 
 
-def _parallel(config: Any) -> Iterator[str]:
+def _parallel(config: Any, options: Options) -> Iterator[str]:
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1:
         yield "decode context parallelism is not supported; use tensor parallelism"
@@ -29,7 +31,7 @@ def _parallel(config: Any) -> Iterator[str]:
         yield "dual-batch overlap is not supported: two batches would share one workspace"
 
 
-def _model(config: Any) -> Iterator[str]:
+def _model(config: Any, options: Options) -> Iterator[str]:
     model = config.model_config
     if model.use_mla:
         yield "multi-head latent attention is not supported: it keeps no keys and values"
@@ -43,35 +45,6 @@ def _model(config: Any) -> Iterator[str]:
     head_dim = model.get_head_size()
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         yield f"head_dim: wanted {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
-
-
-def extra_draft_tokens(config: Any) -> int:
-    """Return how many tokens a drafter's first pass adds to every row of the step before it.
-
-    A draft model of its own reads the sampled token besides; a drafter that is fed hidden states
-    (EAGLE, MTP) has it in the place of the row's first. In parallel it drafts in the same pass.
-    """
-    speculative = config.speculative_config
-    if speculative is None or not speculative.num_speculative_tokens:
-        return 0
-    parallel = getattr(speculative, "parallel_drafting", False)
-    read = int(speculative.num_speculative_tokens) if parallel else 1
-    return read if speculative.method == "draft_model" else read - 1
-
-
-def max_decode_queries(config: Any) -> int:
-    """Return the most queries of one request in a step of pure decoding, a drafter's included.
-
-    One, the drafts, and what a drafter reads besides; where it drafts in parallel vLLM takes rows
-    of one and twice the drafts for decodes.
-    """
-    speculative = config.speculative_config
-    if speculative is None or speculative.num_speculative_tokens is None:
-        return 1
-    drafts = int(speculative.num_speculative_tokens)
-    if getattr(speculative, "parallel_drafting", False):
-        return 1 + 2 * drafts
-    return 1 + drafts + extra_draft_tokens(config)
 
 
 def _speculation(config: Any, options: Options) -> Iterator[str]:
@@ -92,11 +65,11 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
     if attention.backend is not None and attention.backend.name != "TURBOKV":
         yield f"attention_backend: wanted TURBOKV or none, got {attention.backend.name}"
     if options.path == "flashinfer":
-        reason = flashinfer_prefill.why_unavailable()
+        reason = flashinfer.why_unavailable()
         if reason is not None:
             yield reason
-        if config.model_config.get_head_size() > flashinfer_prefill.MAX_HEAD_DIM:
-            yield f"turbokv.path='flashinfer' takes heads up to {flashinfer_prefill.MAX_HEAD_DIM}"
+        if config.model_config.get_head_size() > flashinfer.MAX_HEAD_DIM:
+            yield f"turbokv.path='flashinfer' takes heads up to {flashinfer.MAX_HEAD_DIM}"
     # A server checks its configuration twice; without compilation nothing is split by then.
     if (
         options.keeps_window
@@ -128,36 +101,71 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
         yield f"block_size: wanted a multiple of 16, got {config.cache_config.block_size}"
 
 
-def problems(config: Any, options: Options) -> list[str]:
-    """Return why ``config`` cannot be served with a TurboKV cache; empty if it can."""
-    return [
-        *_parallel(config),
-        *_model(config),
-        *_speculation(config, options),
-        *_cache(config, options),
-    ]
+# --- changes of the configuration -----------------------------------------------------------------
 
 
-def check_and_update(config: Any) -> None:
-    """Raise ValueError naming everything that is not supported, else apply the options.
-
-    Parameters
-    ----------
-    config
-        vLLM's ``VllmConfig``. ``cache_config.kv_cache_dtype_skip_layers`` is extended, and a
-        backend asked for by name is forgotten: it follows from the dtype, and layers that stay in
-        16 bits need another.
-    """
-    options = Options.from_config(config.additional_config)
-    if config.model_config is None:
-        return
-    found = problems(config, options)
-    if found:
-        name = config.cache_config.cache_dtype
-        raise ValueError(f"kv_cache_dtype={name}: " + "; ".join(found))
+def _skip_layers(config: Any, options: Options) -> None:
+    """Leave the option's layers in 16 bits, besides those that vLLM was told of."""
     skipped = dict.fromkeys([*(config.cache_config.kv_cache_dtype_skip_layers or ())])
     skipped.update(dict.fromkeys(options.skip_layers))
     if skipped:
         config.cache_config.kv_cache_dtype_skip_layers = list(skipped)
+
+
+def _backend(config: Any, options: Options) -> None:
+    """Forget a backend asked for by name: the dtype implies ours, 16-bit layers need another."""
     config.attention_config.backend = None
-    identity_kv.check_and_update(config)
+
+
+def _connector(config: Any, options: Options) -> None:
+    """Have KV connectors keyed by the identity of pages; other connectors are refused."""
+    connectors.choose_module(config)
+
+
+def _scheduler(config: Any, options: Options) -> None:
+    """Let prefix hits end before the 16-bit window."""
+    prefix_hits.choose_scheduler(config)
+
+
+# Connectors come after the skipped layers, which are part of a page's identity, and the scheduler
+# after connectors, which decide whether there is a window.
+CHECKS: tuple[Callable[[Any, Options], Iterator[str]], ...] = (
+    _parallel,
+    _model,
+    _speculation,
+    _cache,
+)
+COMPLETIONS: tuple[Callable[[Any, Options], None], ...] = (
+    _skip_layers,
+    _backend,
+    _connector,
+    _scheduler,
+)
+
+
+def complete(config: Any) -> None:
+    """Run all checks and then all completions, in the order of the two lists above.
+
+    Parameters
+    ----------
+    config
+        vLLM's ``VllmConfig``, changed in place. One without a model is left alone.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming everything that is not supported at once, or the option or connector that is wrong.
+
+    Notes
+    -----
+    vLLM completes a configuration more than once; the second time changes nothing.
+    """
+    options = Options.from_config(config.additional_config)
+    if config.model_config is None:
+        return
+    problems = [text for check in CHECKS for text in check(config, options)]
+    if problems:
+        name = config.cache_config.cache_dtype
+        raise ValueError(f"kv_cache_dtype={name}: " + "; ".join(problems))
+    for completion in COMPLETIONS:
+        completion(config, options)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of :mod:`turbokv.integrations.vllm.kernels_cuda` in plain PyTorch, for the CPU.
+"""The steps of attention in plain PyTorch, for the CPU.
 
-Slow and exact: they let vLLM's scheduler and its CPU engine run over compressed pages where there
+The functions are those of :mod:`turbokv.integrations.vllm.attention.steps_cuda`. Slow and exact:
+they let vLLM's scheduler and its CPU engine run over compressed pages where there
 is no GPU, and are what the GPU's answers are compared with. They read lengths on the host.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from turbokv import core, kernels
 from turbokv.centring import SEGMENT
-from turbokv.integrations.vllm.layer import CacheLayer
+from turbokv.integrations.vllm.attention.layer import CacheLayer
 from turbokv.paged import TILE, PageLayout
 
 

@@ -13,24 +13,28 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turbokv.calibration import Calibration
-from turbokv.integrations.vllm import compat, flashinfer_prefill, identity_kv, scratch
-from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES, max_decode_queries
-from turbokv.integrations.vllm.layer import (
+from turbokv.integrations.vllm import compat, connectors
+from turbokv.integrations.vllm.attention import scratch
+from turbokv.integrations.vllm.attention.layer import (
+    AttentionShape,
+    AttentionSinks,
     CacheLayer,
     check_calibration,
     head_slice,
     total_copy_bytes,
 )
-from turbokv.integrations.vllm.metadata import TurboKVMetadata
+from turbokv.integrations.vllm.attention.metadata import TurboKVMetadata
+from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, max_decode_queries
 from turbokv.integrations.vllm.options import Options
-from turbokv.integrations.vllm.prefill import PrefillSteps
-from turbokv.integrations.vllm.prefill_plan import workspace_floor
-from turbokv.integrations.vllm.window import pool_slots
+from turbokv.integrations.vllm.prefill import flashinfer
+from turbokv.integrations.vllm.prefill.flash_attention import Prefill, Workspace
+from turbokv.integrations.vllm.prefill.plan import workspace_floor
+from turbokv.integrations.vllm.window.pool import pool_slots
 
 logger = init_logger(__name__)
 
 
-class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
+class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     """Attention over compressed pages; arguments as vLLM's ``Attention`` layer gives them."""
 
     supports_quant_query_input = False
@@ -62,21 +66,29 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
             raise ValueError(f"attn_type: wanted {AttentionType.DECODER}, got {attn_type}")
         self.vllm_config = get_current_vllm_config()
         self.options = Options.from_config(self.vllm_config.additional_config)
+        # vLLM reads these names
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
-        self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        self._sinks_float: Tensor | None = None
+        self.shape = AttentionShape(
+            num_heads,
+            self.num_kv_heads,
+            head_size,
+            self.scale,
+            sliding_window,
+            float(logits_soft_cap or 0.0),
+        )
+        self.attention_sinks = AttentionSinks()
         self.cache = CacheLayer.create(kv_cache_dtype, head_size, self.num_kv_heads)
         self._is_calibrated = False
         self.device = compat.device()
-        self.kernels: ModuleType = _kernels(self.device)
-        self.fa_version = 0
+        self.steps: ModuleType = _steps(self.device)
+        fa_version = 0
         self.prefills_in_slices = False
         if self.device.type == "cuda":
             version = compat.flash_attention_version(head_size)
@@ -87,15 +99,25 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
                     " with the decode kernel, a few queries at a time.",
                     head_size,
                 )
-            self.fa_version = version or 0
+            fa_version = version or 0
         scheduler = self.vllm_config.scheduler_config
         self.max_num_tokens = int(scheduler.max_num_batched_tokens)
-        self.capacity = max(
+        capacity = max(
             self.options.workspace_tokens, workspace_floor(self.max_num_tokens, sliding_window)
         )
-        # layers that share another's cache have no keys and values of their own
-        self.reads_cache_only = (
-            kv_sharing_target_layer_name is not None or self.options.path == "flash_attn"
+        self.prefill = Prefill(
+            self.steps,
+            self.shape,
+            Workspace(
+                capacity, self.max_num_tokens, self.vllm_config.model_config.dtype, self.device
+            ),
+            self.attention_sinks,
+            self.storage,
+            # layers that share another's cache have no keys and values of their own
+            reads_cache_only=(
+                kv_sharing_target_layer_name is not None or self.options.path == "flash_attn"
+            ),
+            fa_version=fa_version,
         )
 
     # --- start-up -----------------------------------------------------------------------------
@@ -103,12 +125,12 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load kernels and calibration, and allocate 16-bit copies; again after a reload."""
         if self.sinks is not None:
-            self._sinks_float = self.sinks.detach().to(torch.float32).contiguous()
+            self.attention_sinks.logits = self.sinks.detach().to(torch.float32).contiguous()
         if self.kv_sharing_target_layer_name is not None:
             return
         if self.options.calibration is not None:
             self._calibrate(self.options.calibration)
-        self.kernels.prepare(self.cache)
+        self.steps.prepare(self.cache)
         if self.options.keeps_window and self.cache.copies is None:
             self._make_copies()
 
@@ -136,7 +158,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
 
     def _make_copies(self) -> None:
         """Allocate the 16-bit copies: as many tiles as all layers together can afford."""
-        if not identity_kv.keeps_window(self.vllm_config):
+        if not connectors.keeps_window(self.vllm_config):
             logger.warning_once("TurboKV: no 16-bit window, as this KV connector would break it.")
             return
         layers = self._cache_layers()
@@ -191,7 +213,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
     def reserve(self, device: torch.device) -> None:
         """Make shared memory as large as this layer will ever need it."""
         memory = scratch.current()
-        self.workspace(memory, self.capacity)
+        self.prefill.reserve()
         scheduler = self.vllm_config.scheduler_config
         graphs = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         rows = max(int(scheduler.max_num_seqs), int(graphs))
@@ -199,28 +221,14 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
         if self.prefills_in_slices:
             queries = MAX_DECODE_QUERIES
             rows += -(-self.max_num_tokens // queries)
-        needed = self.kernels.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
+        needed = self.steps.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
         if needed:
             memory.keep(self._decode_name, needed, torch.uint8, device)
         if self.cache.k_offset is not None:
             count = max(self.max_num_tokens, rows * queries)
             memory.keep("positions", count, torch.int64, device)
         if self.options.path == "flashinfer" and device.type == "cuda":
-            flashinfer_prefill.reserve(memory, device)
-
-    def flashinfer(
-        self, caches: list[CacheLayer], page_size: int, device: torch.device
-    ) -> flashinfer_prefill.FlashInferPrefill:
-        """Return what plans FlashInfer's prefill for layers of this one's shape."""
-        return flashinfer_prefill.FlashInferPrefill(
-            caches,
-            self.num_heads,
-            page_size,
-            sm_scale=self.scale,
-            sliding_window=self.sliding_window,
-            logits_soft_cap=self.logits_soft_cap,
-            float_workspace=flashinfer_prefill.reserve(scratch.current(), device),
-        )
+            flashinfer.reserve(memory, device)
 
     # --- a step -------------------------------------------------------------------------------
 
@@ -238,7 +246,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
                 "positions", self.max_num_tokens, torch.int64, self.device
             )
         count = min(key.shape[0], slot_mapping.shape[0])
-        self.kernels.store(
+        self.steps.store(
             self.cache,
             key[:count],
             value[:count],
@@ -300,8 +308,10 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
                 md,
                 output[part.tokens],
             )
-        for group in attn_metadata.prefill:
-            self.prefill(group, query, key, value, pages, page_size, attn_metadata, output)
+        for group in md.prefill:
+            self.prefill.run(
+                group, query, key, value, pages, page_size, md.block_table, md.tile_slots, output
+            )
         return output
 
     def _attend_pages(
@@ -317,7 +327,7 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
         output: Tensor,
     ) -> None:
         """Attend to compressed pages with the fused kernel."""
-        self.kernels.decode(
+        self.steps.decode(
             self.storage(),
             query,
             pages,
@@ -329,18 +339,18 @@ class TurboKVImpl(PrefillSteps, AttentionImpl[TurboKVMetadata]):  # type: ignore
             md.tile_slots,
             output,
             scratch.current().kept(self._decode_name),
-            sm_scale=self.scale,
-            sliding_window=self.sliding_window,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=self._sinks_float,
+            sm_scale=self.shape.sm_scale,
+            sliding_window=self.shape.sliding_window,
+            logits_soft_cap=self.shape.logits_soft_cap,
+            sinks=self.attention_sinks.logits,
         )
 
 
-def _kernels(device: torch.device) -> ModuleType:
+def _steps(device: torch.device) -> ModuleType:
     if device.type == "cuda":
-        from turbokv.integrations.vllm import kernels_cuda
+        from turbokv.integrations.vllm.attention import steps_cuda
 
-        return kernels_cuda
-    from turbokv.integrations.vllm import kernels_torch
+        return steps_cuda
+    from turbokv.integrations.vllm.attention import steps_torch
 
-    return kernels_torch
+    return steps_torch

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from turbokv.integrations import identity
+from turbokv.integrations import build_identity
 
-PACKAGE = Path(identity.__file__).parents[1]
+PACKAGE = Path(build_identity.__file__).parents[1]
 HEADER = Path("kernels/cuda/include/turbokv/types.cuh")
 
 
@@ -28,7 +28,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_a_copy_has_the_same_identity(package: Path) -> None:
-    assert identity.identity(package) == identity.identity()
+    assert build_identity.identity(package) == build_identity.identity()
 
 
 @pytest.mark.parametrize(
@@ -40,28 +40,30 @@ def test_a_copy_has_the_same_identity(package: Path) -> None:
     ],
 )
 def test_any_change_of_what_forks_compile_is_another_build(package: Path, name: Path) -> None:
-    before = identity.identity(package)
+    before = build_identity.identity(package)
     (package / name).write_text((package / name).read_text() + "\n")
-    after = identity.identity(package)
+    after = build_identity.identity(package)
     assert after["HEADERS_SHA256"] != before["HEADERS_SHA256"]
-    assert identity.wheel_version(after) != identity.wheel_version(before)
+    assert build_identity.wheel_version(after) != build_identity.wheel_version(before)
 
 
 def test_a_header_under_another_name_is_another_build(package: Path) -> None:
     (package / HEADER).rename(package / HEADER.with_name("kinds.cuh"))
-    assert identity.headers_sha256(package) != identity.headers_sha256()
+    assert build_identity.headers_sha256(package) != build_identity.headers_sha256()
 
 
 def test_another_format_is_another_build(package: Path) -> None:
     (package / "FORMAT.md").write_text("version 3\n")
-    assert identity.format_sha256(package) != identity.format_sha256()
-    fields = identity.identity(package)
-    assert identity.wheel_version(fields) != identity.wheel_version(identity.identity())
+    assert build_identity.format_sha256(package) != build_identity.format_sha256()
+    fields = build_identity.identity(package)
+    assert build_identity.wheel_version(fields) != build_identity.wheel_version(
+        build_identity.identity()
+    )
 
 
 def test_what_forks_do_not_compile_does_not_count(package: Path) -> None:
     (package / "kernels/cuda/include/README.md").write_text("other words\n")
-    assert identity.identity(package) == identity.identity()
+    assert build_identity.identity(package) == build_identity.identity()
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         (site / "engine").mkdir()
         (site / "engine" / "__init__.py").write_text("raise AssertionError('it is imported')\n")
         if text is not None:
-            (site / "engine" / identity.FILE).write_text(text)
+            (site / "engine" / build_identity.FILE).write_text(text)
         monkeypatch.syspath_prepend(str(site))
         assert importlib.util.find_spec("engine") is not None
         return site
@@ -87,33 +89,33 @@ def fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
 
 def test_a_fork_of_this_build_is_taken(fork: Callable[..., Path]) -> None:
-    fork("1.0+turbokv.1", identity.render(identity.identity()))
-    identity.check("engine", "engine-dist")
+    fork("1.0+turbokv.1", build_identity.render(build_identity.identity()))
+    build_identity.check("engine", "engine-dist")
 
 
 @pytest.mark.parametrize("field", ["TURBOKV_VERSION", "HEADERS_SHA256", "FORMAT_SHA256"])
 def test_a_fork_of_another_build_is_refused(field: str, fork: Callable[..., Path]) -> None:
-    ours = identity.identity()
-    fork("1.0+turbokv.1", identity.render({**ours, field: "f" * 64}))
+    ours = build_identity.identity()
+    fork("1.0+turbokv.1", build_identity.render({**ours, field: "f" * 64}))
     with pytest.raises(
-        identity.BuildMismatchError,
+        build_identity.BuildMismatchError,
         match=f"engine-dist 1.0.*{field} there is {'f' * 16}, here {ours[field][:16]}.*build-all",
     ):
-        identity.check("engine", "engine-dist")
+        build_identity.check("engine", "engine-dist")
 
 
 def test_a_fork_that_lost_its_record_is_refused(fork: Callable[..., Path]) -> None:
     fork("1.0+turbokv.1", None)
-    with pytest.raises(identity.BuildMismatchError, match=f"wanted {identity.FILE}"):
-        identity.check("engine", "engine-dist")
+    with pytest.raises(build_identity.BuildMismatchError, match=f"wanted {build_identity.FILE}"):
+        build_identity.check("engine", "engine-dist")
 
 
 def test_upstream_with_hooks_put_on_by_hand_has_nothing_to_compare(
     fork: Callable[..., Path],
 ) -> None:
     fork("1.0", None)
-    identity.check("engine", "engine-dist")
+    build_identity.check("engine", "engine-dist")
 
 
 def test_an_engine_that_is_not_installed_has_nothing_to_compare() -> None:
-    identity.check("engine_that_is_not_there", "engine-that-is-not-there")
+    build_identity.check("engine_that_is_not_there", "engine-that-is-not-there")

@@ -18,49 +18,14 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from turbokv.integrations.vllm import compat, metrics, scratch
-from turbokv.integrations.vllm.checks import MAX_DECODE_QUERIES, extra_draft_tokens
+from turbokv.integrations.vllm import compat
+from turbokv.integrations.vllm.attention import scratch
+from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, extra_draft_tokens
 from turbokv.integrations.vllm.options import Options
-from turbokv.integrations.vllm.prefill_plan import Group, chunks, plan, slices, workspace_floor
-from turbokv.integrations.vllm.window import RecentWindow
-
-# Above so many rows one launch for all is worth expanding their fresh tokens as well.
-MAX_SINGLE_EXPANSIONS = 4
-
-
-@dataclass(eq=False)
-class PrefillGroup:
-    """A :class:`~turbokv.integrations.vllm.prefill_plan.Group` with its tables on the device.
-
-    Attributes
-    ----------
-    group
-        The plan.
-    rows
-        Of the block table.
-    tokens
-        Of the step's queries, keys and values.
-    cu_q, cu_k
-        int32 ``[rows + 1]``: where each row's fresh tokens, and its tokens in the workspace, start.
-    begins
-        int32 ``[rows]``: the first token of each row in the workspace.
-    fresh
-        int64: where each fresh token belongs in the workspace; None where rows are few.
-    pieces
-        Of a chunked row: first token, count, and the int32 table ``[0, count]``.
-    planned
-        FlashInfer's wrapper, where that path is taken.
-    """
-
-    group: Group
-    rows: slice
-    tokens: slice
-    cu_q: Tensor
-    cu_k: Tensor
-    begins: Tensor
-    fresh: Tensor | None = None
-    pieces: tuple[tuple[int, int, Tensor], ...] = ()
-    planned: Any = None
+from turbokv.integrations.vllm.prefill.flash_attention import MAX_SINGLE_EXPANSIONS, PrefillGroup
+from turbokv.integrations.vllm.prefill.plan import Group, chunks, plan, slices, workspace_floor
+from turbokv.integrations.vllm.window import metrics
+from turbokv.integrations.vllm.window.pool import RecentWindow
 
 
 @dataclass(eq=False)
@@ -262,7 +227,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             for group in plan(q_lens, seq_lens, max(self.capacity, sum(seq_lens)))
         )
         if self._flashinfer is None:
-            self._flashinfer = self._layers()[0].impl.flashinfer(
+            self._flashinfer = self._layers()[0].impl.prefill.flashinfer(
                 [layer.impl.storage() for layer in self._layers()], self.page_size, self.device
             )
         self._flashinfer.start_step()

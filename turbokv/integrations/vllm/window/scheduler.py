@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's schedulers, whose prefix hits end before the 16-bit window (see :mod:`prefix_hits`)."""
+"""vLLM's schedulers, whose prefix hits end before the 16-bit window.
+
+:mod:`turbokv.integrations.vllm.window.prefix_hits` says why and by how much.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from turbokv.integrations.vllm.prefix_hits import recomputed_tokens, shorten_hits
+from turbokv.integrations.vllm.window.prefix_hits import recomputed_tokens, shorten_hits
 
 
 class WindowScheduler(Scheduler):  # type: ignore[misc]

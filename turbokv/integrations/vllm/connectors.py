@@ -3,7 +3,7 @@
 
 Equal tokens give equal pages only under the same byte format, widths and calibration. vLLM's keys
 hold the tokens, the model's name and the cache dtype; :func:`page_identity` is the rest. At
-start-up :func:`check_and_update` lets vLLM load the connectors that we know from this module (its
+start-up :func:`choose_module` lets vLLM load the connectors that we know from this module (its
 ``kv_connector_module_path``), as subclasses that add two things:
 
 - the identity, where the connector names its storage or greets its peers, so that pages from
@@ -33,7 +33,7 @@ from turbokv import core
 from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
 from turbokv.integrations.vllm.dtypes import CACHE_DTYPES
 from turbokv.integrations.vllm.options import Options
-from turbokv.integrations.vllm.window import live_windows
+from turbokv.integrations.vllm.window.pool import live_windows
 from turbokv.paged import FORMAT_VERSION
 
 CONNECTORS = (
@@ -90,7 +90,7 @@ def named_config(vllm_config: Any) -> Any:
 # --- start-up -------------------------------------------------------------------------------------
 
 
-def check_and_update(vllm_config: Any) -> None:
+def choose_module(vllm_config: Any) -> None:
     """Refuse connectors whose keys do not hold the identity, and have known ones loaded from here.
 
     Raises

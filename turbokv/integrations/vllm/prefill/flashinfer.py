@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from turbokv.integrations.vllm.layer import CacheLayer
-from turbokv.integrations.vllm.prefill_plan import Group
+from turbokv.integrations.vllm.attention.layer import AttentionShape, CacheLayer
+from turbokv.integrations.vllm.prefill.plan import Group
 
 if TYPE_CHECKING:
-    from turbokv.integrations.vllm.scratch import Scratch
+    from turbokv.integrations.vllm.attention.scratch import Scratch
 
 # FlashInfer recommends this for partial results of split KV.
 _FLOAT_WORKSPACE_BYTES = 128 << 20
@@ -44,8 +44,10 @@ class FlashInferPrefill:
     ----------
     layers
         The layers' caches; all of one format, since a plan fixes it.
-    num_qo_heads
-        Of every layer.
+    shape
+        Of every layer's attention.
+    page_size
+        Tokens of a page.
     float_workspace
         What :func:`reserve` returned.
     """
@@ -53,12 +55,8 @@ class FlashInferPrefill:
     def __init__(
         self,
         layers: list[CacheLayer],
-        num_qo_heads: int,
+        shape: AttentionShape,
         page_size: int,
-        *,
-        sm_scale: float,
-        sliding_window: int | None,
-        logits_soft_cap: float,
         float_workspace: Tensor,
     ) -> None:
         from turbokv.kernels.cuda.library import format_text
@@ -70,11 +68,9 @@ class FlashInferPrefill:
                 " codebooks out, or take another path"
             )
         self.cache = layers[0]
-        self.num_qo_heads = num_qo_heads
+        self.shape = shape
         self.page_size = page_size
-        self.sm_scale = sm_scale
-        self.window_left = -1 if sliding_window is None else sliding_window - 1
-        self.logits_soft_cap = logits_soft_cap
+        self.window_left = -1 if shape.sliding_window is None else shape.sliding_window - 1
         self._float_workspace = float_workspace
         self._wrappers: list[Any] = []
         self._copied: list[torch.cuda.Event] = []
@@ -104,16 +100,16 @@ class FlashInferPrefill:
             _int32(accumulate(pages, initial=0)),
             indices,
             _int32(n - (p - 1) * self.page_size for n, p in zip(lens, pages, strict=True)),
-            self.num_qo_heads,
-            self.cache.num_kv_heads,
-            self.cache.head_dim,
+            self.shape.num_qo_heads,
+            self.shape.num_kv_heads,
+            self.shape.head_dim,
             self.page_size,
             self.cache.k_format,
             self.cache.v_format,
             causal=True,
-            sm_scale=self.sm_scale,
+            sm_scale=self.shape.sm_scale,
             window_left=self.window_left,
-            logits_soft_cap=self.logits_soft_cap,
+            logits_soft_cap=self.shape.logits_soft_cap,
         )
         copied.record()
         return wrapper

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from turbokv.integrations.vllm import identity_kv
-from turbokv.integrations.vllm.window import RecentWindow
+from turbokv.integrations.vllm import connectors
+from turbokv.integrations.vllm.window.pool import RecentWindow
 
 
 def config(cache_dtype: str = "tq4", connector: str | None = None, **ours: Any) -> Any:
@@ -42,7 +42,7 @@ def test_the_identity_is_of_what_fixes_bytes(
     skipping = config()
     skipping.cache_config.kv_cache_dtype_skip_layers = ["0"]
     found = [
-        identity_kv.page_identity(c)
+        connectors.page_identity(c)
         for c in (
             config(),
             config("tq_k5v3"),
@@ -51,8 +51,8 @@ def test_the_identity_is_of_what_fixes_bytes(
             skipping,
         )
     ]
-    monkeypatch.setattr(identity_kv, "FORMAT_VERSION", identity_kv.FORMAT_VERSION + 1)
-    found.append(identity_kv.page_identity(config()))
+    monkeypatch.setattr(connectors, "FORMAT_VERSION", connectors.FORMAT_VERSION + 1)
+    found.append(connectors.page_identity(config()))
     assert len(set(found)) == len(found)
 
 
@@ -61,16 +61,16 @@ def test_the_identity_is_not_of_what_leaves_bytes_alone(tmp_path: Path) -> None:
     same.write_bytes(b"one")
     elsewhere = tmp_path / "elsewhere.safetensors"
     elsewhere.write_bytes(b"one")
-    assert identity_kv.page_identity(config(window=64)) == identity_kv.page_identity(config())
-    assert identity_kv.page_identity(config(calibration=str(same))) == identity_kv.page_identity(
+    assert connectors.page_identity(config(window=64)) == connectors.page_identity(config())
+    assert connectors.page_identity(config(calibration=str(same))) == connectors.page_identity(
         config(calibration=str(elsewhere), path="flash_attn")
     )
 
 
 def test_the_named_config_leaves_the_real_one_alone() -> None:
     real = config()
-    named = identity_kv.named_config(real)
-    assert named.cache_config.cache_dtype == f"tq4-{identity_kv.page_identity(real)}"
+    named = connectors.named_config(real)
+    assert named.cache_config.cache_dtype == f"tq4-{connectors.page_identity(real)}"
     assert real.cache_config.cache_dtype == "tq4"
 
 
@@ -79,22 +79,22 @@ def test_the_named_config_leaves_the_real_one_alone() -> None:
 
 def test_known_connectors_are_loaded_from_here() -> None:
     known = config(connector="OffloadingConnector")
-    identity_kv.check_and_update(known)
-    assert known.kv_transfer_config.kv_connector_module_path == identity_kv.__name__
-    identity_kv.check_and_update(known)  # vLLM completes a configuration more than once
-    assert identity_kv.keeps_window(known)
+    connectors.choose_module(known)
+    assert known.kv_transfer_config.kv_connector_module_path == connectors.__name__
+    connectors.choose_module(known)  # vLLM completes a configuration more than once
+    assert connectors.keeps_window(known)
 
 
 def test_without_a_connector_nothing_happens() -> None:
     plain = config()
-    identity_kv.check_and_update(plain)
+    connectors.choose_module(plain)
     assert plain.kv_transfer_config is None
-    assert identity_kv.keeps_window(plain)
+    assert connectors.keeps_window(plain)
 
 
 def test_unknown_connectors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"kv_connector: wanted .*, got LMCacheConnectorV1"):
-        identity_kv.check_and_update(config(connector="LMCacheConnectorV1"))
+        connectors.choose_module(config(connector="LMCacheConnectorV1"))
 
 
 def test_an_unknown_child_is_refused() -> None:
@@ -102,8 +102,8 @@ def test_an_unknown_child_is_refused() -> None:
     children = [{"kv_connector": "ExampleConnector"}, {"kv_connector": "NixlConnector"}]
     several.kv_transfer_config.kv_connector_extra_config = {"connectors": children}
     with pytest.raises(ValueError, match="got NixlConnector"):
-        identity_kv.check_and_update(several)
-    assert children[0]["kv_connector_module_path"] == identity_kv.__name__
+        connectors.choose_module(several)
+    assert children[0]["kv_connector_module_path"] == connectors.__name__
 
 
 @pytest.mark.parametrize("promises", [True, False])
@@ -116,11 +116,11 @@ def test_a_users_own_connector_has_to_promise(
     own = config(connector="Own")
     own.kv_transfer_config.kv_connector_module_path = "own_connector"
     if promises:
-        identity_kv.check_and_update(own)
+        connectors.choose_module(own)
         assert own.kv_transfer_config.kv_connector_module_path == "own_connector"
     else:
         with pytest.raises(ValueError, match="turbokv_page_identity = True"):
-            identity_kv.check_and_update(own)
+            connectors.choose_module(own)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -149,13 +149,13 @@ class FakeCore:
 )
 def test_new_weights_clear_the_prefix_cache(cache_dtype: str, method: Any, times: int) -> None:
     core = FakeCore(cache_dtype)
-    identity_kv.after_worker_call(core, method)
+    connectors.after_worker_call(core, method)
     assert core.resets == [{"reset_running_requests": True, "reset_connector": True}] * times
 
 
 def test_a_prefix_cache_that_cannot_be_cleared_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="reload_weights: the prefix cache"):
-        identity_kv.after_worker_call(FakeCore("tq4", succeeds=False), "reload_weights")
+        connectors.after_worker_call(FakeCore("tq4", succeeds=False), "reload_weights")
 
 
 # --- loads ----------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def window() -> RecentWindow:
     ids=["offloading", "example", "decode_bench", "simple_offload"],
 )
 def test_loaded_blocks_lose_their_copies(metadata: Any, window: RecentWindow) -> None:
-    identity_kv.forget_copies(identity_kv._loaded_blocks(metadata, 32), 32)
+    connectors.forget_copies(connectors._loaded_blocks(metadata, 32), 32)
     assert (window.tile_slots[4:6] == -1).all()
     assert (window.tile_slots[2:4] >= 0).all()
     assert (window.tile_slots[6:10] >= 0).all()
@@ -195,21 +195,21 @@ def test_loaded_blocks_lose_their_copies(metadata: Any, window: RecentWindow) ->
 
 def test_a_step_without_loads_touches_nothing(window: RecentWindow) -> None:
     before = window.tile_slots.clone()
-    identity_kv.forget_copies(identity_kv._loaded_blocks(SimpleNamespace(), 32), 32)
+    connectors.forget_copies(connectors._loaded_blocks(SimpleNamespace(), 32), 32)
     assert torch.equal(window.tile_slots, before)
 
 
 # --- vLLM's own classes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", identity_kv.CONNECTORS)
+@pytest.mark.parametrize("name", connectors.CONNECTORS)
 def test_every_connector_is_vllms_with_the_identity(name: str) -> None:
     pytest.importorskip("vllm")
     from vllm.config.kv_transfer import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     transfer = KVTransferConfig(
-        kv_connector=name, kv_role="kv_both", kv_connector_module_path=identity_kv.__name__
+        kv_connector=name, kv_role="kv_both", kv_connector_module_path=connectors.__name__
     )
     ours = KVConnectorFactory.get_connector_class(transfer)
     theirs = KVConnectorFactory.get_connector_class_by_name(name)
@@ -229,7 +229,7 @@ def test_unequal_identities_do_not_find_each_others_files(tmp_path: Path) -> Non
         made.kv_transfer_config = SimpleNamespace(
             get_from_extra_config=lambda key, default: str(tmp_path)
         )
-        connector = identity_kv.ExampleConnector(made, KVConnectorRole.WORKER, None)
+        connector = connectors.ExampleConnector(made, KVConnectorRole.WORKER, None)
         found.add(connector._generate_foldername_debug(torch.arange(32), [], create_folder=True))
     assert len(found) == 2
     assert all(Path(folder).is_relative_to(tmp_path) for folder in found)
@@ -241,7 +241,7 @@ def test_files_of_the_offloading_connector_are_named_by_the_identity() -> None:
 
     paths = set()
     for made in (config(), config("tq_k4v3")):
-        dtype = identity_kv.named_config(made).cache_config.cache_dtype
+        dtype = connectors.named_config(made).cache_config.cache_dtype
         mapper = FileMapper("root", "model", 32, 1, 1, 1, 1, 1, 0, dtype)
         paths.add(mapper.base_path)
     assert len(paths) == 2

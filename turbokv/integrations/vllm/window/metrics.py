@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from turbokv.integrations.vllm.window import RecentWindow, WindowMetrics
+from turbokv.integrations.vllm.window.pool import RecentWindow, WindowMetrics
 
 COUNTERS = ("tiles", "compressed", "refused", "evicted")
 _POLL_SECONDS = 1.0

@@ -19,14 +19,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from turbokv.integrations.vllm import identity_kv
+from turbokv.integrations.vllm import connectors
 from turbokv.integrations.vllm.options import Options
 
 logger = logging.getLogger("vllm.turbokv")
 
 # Names rather than classes: configurations are made where no scheduler is ever needed.
-_SYNC = "turbokv.integrations.vllm.scheduler.WindowScheduler"
-_ASYNC = "turbokv.integrations.vllm.scheduler.AsyncWindowScheduler"
+_SYNC = "turbokv.integrations.vllm.window.scheduler.WindowScheduler"
+_ASYNC = "turbokv.integrations.vllm.window.scheduler.AsyncWindowScheduler"
 
 
 def recomputed_tokens(vllm_config: Any) -> int:
@@ -38,17 +38,15 @@ def recomputed_tokens(vllm_config: Any) -> int:
     if (
         not options.recompute_window
         or not options.keeps_window
-        or not identity_kv.keeps_window(vllm_config)
+        or not connectors.keeps_window(vllm_config)
         or not vllm_config.cache_config.enable_prefix_caching
     ):
         return 0
     return options.window
 
 
-def check_and_update(vllm_config: Any) -> None:
+def choose_scheduler(vllm_config: Any) -> None:
     """Let vLLM take one of our schedulers, unless there is nothing to recompute."""
-    if vllm_config.model_config is None:
-        return
     scheduler = vllm_config.scheduler_config
     if not recomputed_tokens(vllm_config) or scheduler.scheduler_cls in (_SYNC, _ASYNC):
         return

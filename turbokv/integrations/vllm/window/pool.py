@@ -27,9 +27,9 @@ the codes as long as the map names it, and a tile that lost its slot cannot get 
 16-bit values are gone. So a prefix hit, a preempted and resumed request, a reordered batch and a
 rolled-back draft read what was stored, in 16 bits where a slot survived and compressed elsewhere.
 That the newest tokens of a prefix hit are in 16 bits is not left to which slots survived: they are
-computed anew (:mod:`turbokv.integrations.vllm.prefix_hits`). Pages that change without ``store``
-(a KV connector's load, a wake from sleep) must be named to :meth:`RecentWindow.invalidate`, or
-:meth:`RecentWindow.clear` called.
+computed anew (:mod:`turbokv.integrations.vllm.window.prefix_hits`). Pages that change without
+``store`` (a KV connector's load, a wake from sleep) must be named to
+:meth:`RecentWindow.invalidate`, or :meth:`RecentWindow.clear` called.
 
 Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes a layer
 (:func:`slot_bytes`); :func:`pool_slots` sizes the pool.

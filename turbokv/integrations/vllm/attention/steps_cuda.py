@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of attention on a GPU: TurboKV's kernels, FlashAttention, and vLLM's merge.
 
-:mod:`turbokv.integrations.vllm.kernels_torch` has the same functions for the CPU. Pages are uint8
-``[num_pages, num_kv_heads, page_head_bytes]``; queries, keys and values ``[tokens, heads,
+:mod:`turbokv.integrations.vllm.attention.steps_torch` has the same functions for the CPU. Pages are
+uint8 ``[num_pages, num_kv_heads, page_head_bytes]``; queries, keys and values ``[tokens, heads,
 head_dim]``, float16 or bfloat16.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turbokv.integrations.vllm import compat
-from turbokv.integrations.vllm.layer import CacheLayer
+from turbokv.integrations.vllm.attention.layer import CacheLayer
 from turbokv.kernels import cuda
 
 

@@ -20,6 +20,46 @@ from turbokv.paged import TILE
 _UNSUPPORTED = ("k_scale", "v_scale", "v_shift")
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """What an attention layer computes, apart from where its cache lies.
+
+    Attributes
+    ----------
+    num_qo_heads, num_kv_heads
+        Of this rank.
+    head_dim
+        Elements of a query, key or value.
+    sm_scale
+        Factor of the scores.
+    sliding_window
+        Tokens that a query sees, its own included; None for all.
+    logits_soft_cap
+        Bound of the scores by tanh, or 0 for none.
+    """
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sm_scale: float
+    sliding_window: int | None
+    logits_soft_cap: float
+
+
+@dataclass(eq=False)
+class AttentionSinks:
+    """A layer's attention sinks, one for all that attend for the layer.
+
+    Attributes
+    ----------
+    logits
+        float32 ``[num_qo_heads]``, contiguous: a logit that takes part in each head's softmax;
+        None in a model that has none, and before weights are loaded.
+    """
+
+    logits: Tensor | None = None
+
+
 @dataclass(eq=False)
 class CacheLayer:
     """One layer's side of the compressed cache.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from turbokv.integrations.vllm import checks, hooks
+from turbokv.integrations.vllm import hooks, limits
 
 
 class Model(SimpleNamespace):
@@ -169,8 +169,8 @@ def test_our_backend_by_name_does_not_bind_layers_in_16_bits() -> None:
 
 def test_speculation_within_the_kernel_passes() -> None:
     hooks.check_and_update_config(config(speculative_config=drafting(7)))
-    assert checks.max_decode_queries(config(speculative_config=drafting(3, True))) == 7
-    assert checks.max_decode_queries(config()) == 1
+    assert limits.max_decode_queries(config(speculative_config=drafting(3, True))) == 7
+    assert limits.max_decode_queries(config()) == 1
 
 
 def test_the_bytes_of_a_token_follow_the_rank() -> None:

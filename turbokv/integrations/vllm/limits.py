@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many queries of one request the decode kernel takes, and how many a step may have.
+
+Start-up refuses what does not fit, and a step's metadata decides by the same figures which rows are
+decodes, so they are written once, here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Rows of one request that the decode kernel attends with in one call; longer ones are prefill.
+MAX_DECODE_QUERIES = 8
+
+
+def extra_draft_tokens(config: Any) -> int:
+    """Return how many tokens a drafter's first pass adds to every row of the step before it.
+
+    A draft model of its own reads the sampled token besides; a drafter that is fed hidden states
+    (EAGLE, MTP) has it in the place of the row's first. In parallel it drafts in the same pass.
+    """
+    speculative = config.speculative_config
+    if speculative is None or not speculative.num_speculative_tokens:
+        return 0
+    parallel = getattr(speculative, "parallel_drafting", False)
+    read = int(speculative.num_speculative_tokens) if parallel else 1
+    return read if speculative.method == "draft_model" else read - 1
+
+
+def max_decode_queries(config: Any) -> int:
+    """Return the most queries of one request in a step of pure decoding, a drafter's included.
+
+    One, the drafts, and what a drafter reads besides; where it drafts in parallel vLLM takes rows
+    of one and twice the drafts for decodes.
+    """
+    speculative = config.speculative_config
+    if speculative is None or speculative.num_speculative_tokens is None:
+        return 1
+    drafts = int(speculative.num_speculative_tokens)
+    if getattr(speculative, "parallel_drafting", False):
+        return 1 + 2 * drafts
+    return 1 + drafts + extra_draft_tokens(config)
