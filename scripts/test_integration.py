@@ -62,7 +62,7 @@ def install(dist: Path) -> Path:
     """Return the Python of an environment with the wheels; made again when they change."""
     wheels = sorted(dist.glob("*.whl"))
     names = [path.name.split("-")[0] for path in wheels]
-    if names != ["flashinfer_python", "turbokv", "vllm"]:
+    if names != ["flashinfer_python", "turbokv_cache", "vllm"]:
         sys.exit(f"test_integration.py: {dist}: wanted three wheels (make build-all), got {names}")
     folder = BUILD / "venv"
     python, stamp = folder / "bin" / "python", folder / "wheels"
@@ -73,7 +73,10 @@ def install(dist: Path) -> Path:
         return python
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     files = [str(path) for path in wheels]
+    # wheels from before the distribution was called turbokv-cache own the same files
+    uninstall = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "turbokv"]
     if stamp.is_file():  # what they require is there, and their versions say nothing new to pip
+        subprocess.run(uninstall, check=True)
         subprocess.run([*pip, "--force-reinstall", "--no-deps", *files], check=True)
     else:
         print("installing the wheels and what they require; the first time this takes minutes")

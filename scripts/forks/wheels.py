@@ -44,6 +44,12 @@ def identity(root: Path) -> tuple[str, bytes, str]:
     return module.FILE, module.render(fields).encode(), module.wheel_version(fields)
 
 
+def requirement(root: Path) -> str:
+    """Return what a fork requires: exactly the turbokv it is built with."""
+    module = identity_module(root)
+    return f"{module.DISTRIBUTION}=={module.wheel_version(module.identity(root / 'turbokv'))}"
+
+
 # --- what goes into a fork ------------------------------------------------------------------------
 
 
@@ -214,8 +220,10 @@ def build_turbokv(root: Path, dist: Path, archs: str, jobs: int) -> Path:
         Compilers at a time.
     """
     # setuptools packs whatever an earlier build left there, of modules that are gone too
-    for stale in ("build/lib", "turbokv.egg-info", *(p.name for p in root.glob("build/bdist.*"))):
-        shutil.rmtree(root / stale, ignore_errors=True)
+    for stale in (root / "build/lib", *root.glob("turbokv*.egg-info"), *root.glob("build/bdist.*")):
+        shutil.rmtree(stale, ignore_errors=True)
+    for stale in dist.glob("turbokv-*.whl"):  # of before the distribution's name was turbokv-cache
+        stale.unlink()
     settings = ["cuda=off"] if archs == "off" else ["cuda=auto", f"archs={archs}", f"jobs={jobs}"]
     # Not isolated: PyTorch, whose headers are needed, is large and installed already.
     options = ["--no-isolation", *(f"-C{setting}" for setting in settings)]
@@ -245,9 +253,9 @@ def build_flashinfer(fork: Fork, dist: Path) -> Path:
     # BUILD_NVEP makes that back end download and compile more
     environment = {"PIP_CONSTRAINT": str(constraints), "BUILD_NVEP": "0"}
     built = _python_build(tree, fork.folder / "wheel", "flashinfer", [], environment)
-    file, content, turbokv = identity(fork.root)
+    file, content, _ = identity(fork.root)
     added = {f"flashinfer/{file}": content}
-    return _restamp(built, dist, fork.version, added, requires=(f"turbokv=={turbokv}",))
+    return _restamp(built, dist, fork.version, added, requires=(requirement(fork.root),))
 
 
 def build_vllm(fork: Fork, dist: Path) -> Path:
@@ -266,7 +274,7 @@ def build_vllm(fork: Fork, dist: Path) -> Path:
     text = re.sub(r"(version = )'[^']*'", rf"\g<1>'{fork.version}'", text)
     text = re.sub(r"(version_tuple = )\([^)]*\)", rf"\g<1>({parts})", text)
     changes["vllm/_version.py"] = text.encode()
-    file, content, turbokv = identity(fork.root)
+    file, content, _ = identity(fork.root)
     changes[f"vllm/{file}"] = content
     flashinfer = Fork.load("flashinfer", fork.root)
     pin = f"flashinfer-python=={flashinfer.fields['version']}"
@@ -275,7 +283,7 @@ def build_vllm(fork: Fork, dist: Path) -> Path:
         dist,
         fork.version,
         changes,
-        requires=(f"turbokv=={turbokv}",),
+        requires=(requirement(fork.root),),
         replaces={pin: f"flashinfer-python=={flashinfer.version}"},
     )
 

@@ -27,6 +27,11 @@ def package(tmp_path: Path) -> Path:
     return copy
 
 
+def test_the_distributions_name_is_the_same_everywhere() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'\nname = "{build_identity.DISTRIBUTION}"' in text
+
+
 def test_a_copy_has_the_same_identity(package: Path) -> None:
     assert build_identity.identity(package) == build_identity.identity()
 

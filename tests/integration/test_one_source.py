@@ -97,10 +97,10 @@ def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) ->
     with one(copy, "flashinfer_python") as wheel:
         name = "flashinfer/data/include/turbokv/paged_kv.cuh"
         assert b"kTokensPerSegment = 512;" in wheel.read(name)
-    with one(copy, "turbokv") as wheel:
+    with one(copy, "turbokv_cache") as wheel:
         assert b"kTokensPerSegment = 512;" in wheel.read(f"turbokv/{HEADER}")
     for package, name in (
-        ("turbokv", "turbokv"),
+        ("turbokv", "turbokv_cache"),
         ("flashinfer", "flashinfer_python"),
         ("vllm", "vllm"),
     ):
@@ -110,7 +110,7 @@ def test_an_edited_constant_reaches_every_wheel_and_builds_repeat(copy: Path) ->
             )
             if package != "turbokv":
                 (info,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
-                assert f"\nRequires-Dist: turbokv=={version}\n" in wheel.read(info).decode()
+                assert f"\nRequires-Dist: turbokv-cache=={version}\n" in wheel.read(info).decode()
 
 
 @pytest.mark.parametrize("fork", ["flashinfer", "vllm"])

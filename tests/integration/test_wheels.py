@@ -26,7 +26,7 @@ from forks import base, wheels  # noqa: E402
 
 pytestmark = pytest.mark.integration
 DIST = Path(os.environ.get("TURBOKV_DIST", ROOT / "dist"))
-PACKAGES = {"turbokv": "turbokv", "flashinfer": "flashinfer_python", "vllm": "vllm"}
+PACKAGES = {"turbokv": "turbokv_cache", "flashinfer": "flashinfer_python", "vllm": "vllm"}
 
 
 @pytest.fixture(params=PACKAGES)
@@ -81,7 +81,7 @@ def test_forks_require_exactly_this_turbokv() -> None:
     assert version == build_identity.wheel_version(build_identity.identity(ROOT / "turbokv"))
     for fork in ("flashinfer", "vllm"):
         found = [r for r in metadata(fork)["Requires-Dist"] if r.startswith("turbokv")]
-        assert found == [f"turbokv=={version}"]
+        assert found == [f"turbokv-cache=={version}"]
 
 
 def test_vllm_requires_exactly_this_flashinfer() -> None:

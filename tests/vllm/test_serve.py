@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from turbokv import cli
-from turbokv.integrations.vllm import serve
+from turbokv.integrations.vllm import installed, serve
 
 
 def test_our_options_become_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,18 +61,109 @@ def test_mistakes_are_told_before_vllm_starts(
         serve.arguments("model", preset, options, extra)
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_a_vllm_without_the_patch_is_refused(
-    installed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+Vllm = Callable[..., Path]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Vllm:
+    """Pretend that a vLLM is installed, whether our plugin is, and what VLLM_PLUGINS holds."""
+
+    def pretend(
+        version: str | None,
+        *,
+        patched: bool = False,
+        plugin: bool = True,
+        chosen: str | None = None,
+    ) -> Path:
+        if version is not None:
+            text = f"__version__ = version = '{version}'\n__version_tuple__ = version_tuple = ()\n"
+            (tmp_path / "_version.py").write_text(text)
+        if patched:
+            (tmp_path / "turbokv_hooks.py").touch()
+        spec = ModuleSpec("vllm", None, is_package=True)
+        spec.submodule_search_locations = [str(tmp_path)]
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(installed, "has_plugin", lambda: plugin)
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("VLLM_PLUGINS", chosen)
+        return tmp_path
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("version", "patched"),
+    [
+        ("0.28.0", False),
+        ("0.31.2", False),
+        ("0.33.0", False),
+        ("0.33.1.dev3+gabc", False),
+        ("0.26.0+turbokv.1", True),
+        ("0.26.0", True),  # hooks put on by hand
+    ],
+)
+def test_these_versions_serve(version: str, patched: bool, vllm: Vllm) -> None:
+    vllm(version, patched=patched, plugin=not patched)
+    serve.check_installed()
+
+
+@pytest.mark.parametrize(
+    ("version", "patched"),
+    [
+        ("0.26.0", False),
+        ("0.27.1", False),
+        ("0.34.0", False),
+        ("1.0.0", False),
+        (None, False),
+        ("0.33.0", True),
+    ],
+)
+def test_other_versions_are_refused_with_what_to_do(
+    version: str | None, patched: bool, vllm: Vllm
 ) -> None:
-    spec = ModuleSpec("vllm", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if installed else None)
-    with pytest.raises(ValueError, match=r"wanted the patched vLLM .*, got"):
+    vllm(version, patched=patched)
+    with pytest.raises(
+        ValueError, match=r"serve: wanted vLLM 0\.28 to 0\.33 \(pip .*make build-all\), found"
+    ) as caught:
         serve.run(["serve", "model"])
-    (tmp_path / "turbokv_hooks.py").touch()
-    if installed:
+    assert (version or "names no version") in str(caught.value)
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install vllm==0\.33\.0.*, found none"):
+        serve.run(["serve", "model"])
+
+
+def test_stock_vllm_needs_our_entry_point(vllm: Vllm) -> None:
+    vllm("0.33.0", plugin=False)
+    with pytest.raises(ValueError, match=r"entry point 'turbokv'.*install TurboKV's wheel"):
         serve.check_installed()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "serves"), [("turbokv,lora", True), ("lora", False), ("", False)]
+)
+def test_vllm_plugins_may_not_leave_ours_out(chosen: str, serves: bool, vllm: Vllm) -> None:
+    vllm("0.33.0", chosen=chosen)
+    if serves:
+        serve.check_installed()
+    else:
+        with pytest.raises(ValueError, match="VLLM_PLUGINS: wanted a list with 'turbokv'"):
+            serve.check_installed()
+
+
+def test_entry_points_are_found_in_metadata(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert not installed.has_plugin()
+    info = tmp_path / "turbokv_cache-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: turbokv-cache\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nturbokv = turbokv:register\n")
+    assert installed.has_plugin()
 
 
 def test_metrics_have_a_folder_while_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+# What is installed: the plain name on the package index is another project's.
+DISTRIBUTION = "turbokv-cache"
 _PACKAGE = Path(__file__).resolve().parent.parent
 # In every wheel, at the top of its package; constants only, so that it is read without an import.
 FILE = "_turbokv_build.py"

@@ -83,7 +83,7 @@ def why_unavailable(
         return missing
     if backend == "triton":
         if not _triton_installed():
-            return "triton is not installed (pip install 'turbokv[triton]')"
+            return "triton is not installed (pip install 'turbokv-cache[triton]')"
         if device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted()):
             return None
         return (

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import pathlib
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from turbokv.integrations.vllm import installed
 from turbokv.integrations.vllm.dtypes import CACHE_DTYPES
 from turbokv.integrations.vllm.options import KEY, Options
 
-_HOOKS = "turbokv_hooks.py"
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 # vLLM's flags that ours set
 _TAKEN = ("--kv-cache-dtype", "--additional-config")
@@ -60,15 +58,10 @@ def arguments(
 
 
 def check_installed() -> None:
-    """Raise ValueError unless the vLLM that is installed is the patched one."""
-    wanted = "the patched vLLM (make build-all && pip install dist/*.whl)"
-    # found, not imported: its import may bring Prometheus' client, which must come later
-    spec = importlib.util.find_spec("vllm")
-    if spec is None:
-        raise ValueError(f"serve: wanted {wanted}, got none")
-    folders = spec.submodule_search_locations or []
-    if not any((pathlib.Path(folder) / _HOOKS).is_file() for folder in folders):
-        raise ValueError(f"serve: wanted {wanted}, got one without the patch in {list(folders)}")
+    """Raise ValueError unless TurboKV serves on the vLLM that is installed."""
+    reason = installed.refusal(installed.find())
+    if reason is not None:
+        raise ValueError(f"serve: {reason}")
 
 
 def run(argv: list[str]) -> None:
