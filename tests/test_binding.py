@@ -19,6 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from turbokv import TurboKVCodec, centring, core, doctor, kernels, paged
 from turbokv.core import Codebook, VectorFormat
+from turbokv.integrations.vllm import CACHE_DTYPES
 from turbokv.kernels import BackendUnavailableError, cuda
 from turbokv.kernels.cuda import build, jit, library, ops
 from turbokv.kernels.cuda.build import Variant
@@ -43,6 +44,14 @@ def test_variants_have_names_of_their_own() -> None:
     assert Variant("store", 64) in chosen
     assert chosen[0].kind == "decode"  # what takes longest is started first
     assert Variant("decode", 64, 2, 2, True).name == "turbokv_decode_p64_k2v2_lookup2"
+
+
+def test_every_cache_dtype_of_servers_is_compiled_ahead_of_time() -> None:
+    assert set(build.PAIRS) == set(CACHE_DTYPES.values())
+    assert len(build.PAIRS) == len(CACHE_DTYPES)
+    chosen = set(build.variants())
+    for k_bits, v_bits in CACHE_DTYPES.values():
+        assert {Variant("decode", dim, k_bits, v_bits) for dim in (64, 128, 256)} <= chosen
 
 
 @pytest.mark.parametrize("archs", [["8"], ["sm_80"], ["90b"], [""], []])

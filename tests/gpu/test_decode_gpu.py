@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from turbokv import core, kernels
+from turbokv.kernels.cuda import build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,8 +23,7 @@ if torch.cuda.is_available():
     from tests.gpu.decode_cases import DEVICE, Case, Problem, fuzzed
     from turbokv.kernels import cuda
 
-PAIRS = ((4, 4), (3, 3), (2, 2), (5, 3), (5, 4), (4, 3))
-DIMS = (64, 128, 256)
+PAIRS, DIMS = build.PAIRS, build.DIMS
 FUZZ_CHUNKS, FUZZ_CASES = 50, 42
 # Scores are exact but for a 16-bit query, probabilities round to fp16 (2^-11): measured 2e-4 on the
 # worst preset; FlashAttention-3 in bf16 is at 2e-3 on such data.

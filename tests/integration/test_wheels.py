@@ -7,6 +7,7 @@ import ast
 import base64
 import csv
 import hashlib
+import json
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from turbokv.integrations import build_identity
+from turbokv.integrations.vllm import CACHE_DTYPES
+from turbokv.kernels.cuda import build
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -155,6 +158,30 @@ def test_turbokv_holds_what_its_hashes_cover() -> None:
                 if path.suffix in (".cuh", ".cu", ".jinja"):
                     name = path.relative_to(ROOT).as_posix()
                     assert opened.read(name) == path.read_bytes(), name
+
+
+def test_the_kernels_are_those_of_every_preset() -> None:
+    """A server needs no compiler for any cache dtype at head sizes up to 256."""
+    with zipfile.ZipFile(wheel_path("turbokv")) as opened:
+        name = "turbokv/kernels/cuda/libturbokv_cuda.so"
+        if name not in opened.namelist():
+            pytest.skip("this wheel was built without nvcc")
+        found = re.search(rb'\{"archs": .*?\]\]\}', opened.read(name))
+    assert found is not None
+    built = {build.Variant(*each) for each in json.loads(found[0])["variants"]}
+    wanted = {
+        build.Variant("decode", dim, *widths)
+        for dim in (64, 128, 256)
+        for widths in CACHE_DTYPES.values()
+    }
+    wanted |= {
+        build.Variant(kind, dim) for kind in ("store", "decompress") for dim in (64, 128, 256)
+    }
+    assert wanted <= built
+
+
+def test_turbokvs_wheel_is_small_enough_to_download() -> None:
+    assert wheel_path("turbokv").stat().st_size < 60e6
 
 
 def test_no_wheel_names_the_machine_that_built_it(wheel: zipfile.ZipFile, package: str) -> None:

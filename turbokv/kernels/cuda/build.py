@@ -38,7 +38,19 @@ RELEASE_ARCHS = ("80", "90a", "100", "120")
 # Kernels compiled per head size, decode per pair of widths too. Page metadata is in the binding.
 KINDS = ("store", "decompress", "decode")
 DIMS = (64, 128, 256)
-PAIRS = ((4, 4), (3, 3), (2, 2), (5, 3), (5, 4), (4, 3))
+# Every cache dtype of integrations/vllm/dtypes.py: a server needs no compiler for them.
+PAIRS = (
+    (4, 4),
+    (3, 3),
+    (2, 2),
+    (8, 4),
+    (5, 5),
+    (5, 4),
+    (5, 3),
+    (4, 3),
+    (4, 2),
+    (3, 2),
+)
 _NVCC_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -422,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m turbokv.kernels.cuda", description="Compile TurboKV's CUDA kernels."
     )
     parser.add_argument(
-        "--archs", nargs="+", default=DEVELOPMENT_ARCHS, help="e.g. 80 90a; default %(default)s"
+        "--archs", nargs="+", default=DEVELOPMENT_ARCHS, help="e.g. 80 90a, or release; default 90a"
     )
     parser.add_argument("--release", action="store_true", help=f"compile for {RELEASE_ARCHS}")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
@@ -432,7 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=Path, default=LIBRARY)
     parser.add_argument("--folder", type=Path, default=_objects_folder(), help="for objects")
     options = parser.parse_args(arguments)
-    archs = RELEASE_ARCHS if options.release else options.archs
+    is_release = options.release or options.archs == ["release"]
+    archs = RELEASE_ARCHS if is_release else options.archs
     chosen = variants(options.kinds, options.dims, options.pairs)
     try:
         path = build_library(
