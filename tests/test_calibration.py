@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from turbokv.calibration import (
     CalibrationError,
     Fingerprint,
     LayerCalibration,
+    architecture_sha256,
 )
 from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies
 
@@ -38,6 +40,7 @@ def example() -> Calibration:
         v_scale=torch.rand(HEADS, DIM) + 0.5,
         v_shift=torch.randn(HEADS, DIM),
         k_codebook=Codebook(3, (9, 30, 54, 90), 0.025, 5),
+        k_spread=torch.rand(HEADS) + 1,
     )
     return Calibration(fingerprint(), {0: full, 5: LayerCalibration()}, {"from": "text"})
 
@@ -53,7 +56,7 @@ def test_saved_file_comes_back_whole(tmp_path: pathlib.Path) -> None:
     assert a.offsets is not None and b.offsets is not None
     assert torch.equal(a.offsets.mu, b.offsets.mu) and b.offsets.rotary.interleaved
     assert torch.equal(a.offsets.at(0, 700), b.offsets.at(0, 700))
-    for name in ("k_scale", "v_scale", "v_shift"):
+    for name in ("k_scale", "v_scale", "v_shift", "k_spread"):
         assert torch.equal(getattr(a, name), getattr(b, name))
     assert a.k_codebook == b.k_codebook and b.v_codebook is None
     assert list(tmp_path.iterdir()) == [path]  # no partial file stays
@@ -135,6 +138,59 @@ def test_codebooks_of_other_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="k_bits: wanted 3, the width of the calibrated codebook"):
         example().check_widths(4, 4)
     example().check_widths(3, 4)
+
+
+def test_a_config_without_weights_is_compared_by_architecture(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.safetensors"
+    example().save(path)
+    Calibration.load(path, fingerprint=Fingerprint("a" * 64, ()))
+    with pytest.raises(CalibrationError, match="its architecture hashes to aaaaaaaaaaaa"):
+        Calibration.load(path, fingerprint=Fingerprint("b" * 64, ()))
+
+
+def config(**changed: object) -> SimpleNamespace:
+    fields = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }
+    return SimpleNamespace(**{**fields, **changed})
+
+
+def test_architecture_is_the_same_however_its_config_is_written() -> None:
+    want = architecture_sha256(config())
+    assert architecture_sha256(config(head_dim=16, num_key_value_heads=4, vocab_size=9)) == want
+    assert architecture_sha256(config(rope_parameters=None, rope_theta=1_000_000)) == want
+    nested = SimpleNamespace(get_text_config=lambda decoder: config())
+    assert architecture_sha256(nested) == want
+    others = [
+        config(num_key_value_heads=2),
+        config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4}),
+        config(num_hidden_layers=3),
+    ]
+    assert len({architecture_sha256(other) for other in others} | {want}) == 4
+
+
+@pytest.mark.parametrize(
+    ("k_bits", "left", "is_weak"),
+    [(2, 0.8, True), (4, 0.7, False), (4, 0.8, True), (5, 0.93, False), (5, 0.95, True)],
+)
+def test_layers_are_weak_where_offsets_leave_most_of_the_energy(
+    k_bits: int, left: float, is_weak: bool
+) -> None:
+    fast = Rotary(torch.full((DIM // 2,), 2.0, dtype=torch.float64))  # loses its mean altogether
+    mu = torch.ones(HEADS, DIM)
+    spread = torch.full((HEADS,), DIM * (1 - left) / left)
+    layers = {
+        3: LayerCalibration(offsets=KeyOffsets(mu, fast), k_spread=spread),
+        4: LayerCalibration(offsets=KeyOffsets(mu, fast)),  # of an older file, without spread
+    }
+    calibration = Calibration(fingerprint(), layers)
+    weak = calibration.weak_layers(k_bits)
+    assert weak == ({3: pytest.approx(left, abs=0.01)} if is_weak else {})
+    assert (calibration.weakness(k_bits) is not None) == is_weak
 
 
 def test_keep_drops_the_other_parts() -> None:

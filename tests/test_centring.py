@@ -65,3 +65,23 @@ def test_shapes_are_checked() -> None:
         KeyOffsets(torch.zeros(2, 32), Rotary(rotary_frequencies(64)))
     with pytest.raises(ValueError, match="rotary_dim: wanted an even number up to 64, got 66"):
         rotary_frequencies(64, rotary_dim=66)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [0, 32, 64])
+def test_energy_left_is_the_mean_square_of_what_offsets_leave(
+    interleaved: bool, rotary_dim: int
+) -> None:
+    rotary = Rotary(rotary_frequencies(64, rotary_dim=rotary_dim), interleaved)
+    offsets = KeyOffsets(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)), rotary)
+    positions = torch.arange(5 * SEGMENT, 6 * SEGMENT)
+    keys = rotary.rotate(offsets.mu.double()[:, None].expand(-1, SEGMENT, -1), positions)
+    left = (keys - offsets.at(5 * SEGMENT, SEGMENT)).square().sum(-1).mean(-1)
+    torch.testing.assert_close(offsets.energy_left(), left, rtol=1e-5, atol=1e-9)
+
+
+def test_fast_channels_lose_their_mean_and_slow_ones_keep_it() -> None:
+    gains = Rotary(rotary_frequencies(128, theta=1e6)).segment_gains()
+    assert float(gains[0]) < 0.01  # a turn in 6 positions
+    assert float(gains[-1]) > 0.999  # a turn in five million
+    assert Rotary(torch.zeros(0, dtype=torch.float64)).segment_gains().shape == (0,)

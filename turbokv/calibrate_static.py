@@ -71,7 +71,7 @@ class StaticCalibrator:
                 )
             key = (layer, name)
             if key not in self._moments:
-                zeros = torch.zeros((x.shape[0], x.shape[2]), dtype=torch.float64)
+                zeros = torch.zeros((x.shape[0], x.shape[2]), dtype=torch.float64, device="cpu")
                 self._moments[key] = _Moments(zeros, zeros.clone())
             self._moments[key].add(x)
 
@@ -88,6 +88,12 @@ class StaticCalibrator:
     def k_mean(self, layer: int) -> Tensor:
         """Return the mean key before rotary embedding: fp32 ``[heads, head_dim]``."""
         return self._get(layer, "k_pre").mean.float()
+
+    def k_spread(self, layer: int) -> Tensor:
+        """Return the mean of ``|k_pre - mean|^2``: fp32 ``[heads]``."""
+        moments = self._get(layer, "k_pre")
+        variance = (moments.squares / moments.count - moments.mean.square()).clamp_min(0)
+        return variance.sum(-1).float()
 
     def v_shift(self, layer: int) -> Tensor:
         """Return the mean value: fp32 ``[heads, head_dim]``."""

@@ -8,7 +8,9 @@ another model is refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import pathlib
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,14 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from turbokv.centring import KeyOffsets, Rotary
+from turbokv.centring import SEGMENT, KeyOffsets, Rotary
 from turbokv.core import Codebook
 
 FORMAT = "turbokv-calibration"
+SKETCH_SIZE = 64
 VERSION = 1
 # Embedding samples of the same weights in another dtype agree to bf16's rounding (2^-9); those of
 # an unrelated model do not agree at all.
 SKETCH_TOLERANCE = 0.02
+# Four times the energy to quantise is four times the squared error: what a bit less would give.
+_ENERGY_PER_BIT = 4.0
+_WIDTH_THAT_HOLDS = 3.0  # bits; below it the divergence of models grows steeply
 
 
 class CalibrationError(ValueError):
@@ -41,7 +47,7 @@ class Fingerprint:
     config_sha256
         Hash of the fields of the config that shape keys and values.
     sketch
-        64 samples of the input embedding, to tell models of one architecture apart.
+        SKETCH_SIZE samples of the input embedding, to tell models of one architecture apart.
     name
         For messages only.
     """
@@ -51,19 +57,70 @@ class Fingerprint:
     name: str = ""
 
     def mismatch(self, other: Fingerprint) -> str | None:
-        """Return why the two differ, or None."""
+        """Return why the two differ, or None.
+
+        Where ``other`` has no samples, as when only a config is at hand, the architecture decides.
+        """
         if self.config_sha256 != other.config_sha256:
             return (
                 f"its architecture hashes to {self.config_sha256[:12]} ({self.name or 'unnamed'}),"
                 f" this model's to {other.config_sha256[:12]} ({other.name or 'unnamed'})"
             )
-        a, b = torch.tensor(self.sketch), torch.tensor(other.sketch)
+        if not other.sketch:
+            return None
+        a, b = (
+            torch.tensor(sketch, dtype=torch.float64, device="cpu")
+            for sketch in (self.sketch, other.sketch)
+        )
         if a.shape != b.shape or float((a - b).norm()) > SKETCH_TOLERANCE * float(b.norm()):
             return (
                 f"the architecture is the same but the weights are not"
                 f" ({self.name or 'unnamed'} against {other.name or 'unnamed'})"
             )
         return None
+
+
+def architecture_sha256(config: Any) -> str:
+    """Hash what shapes a model's keys and values.
+
+    Parameters
+    ----------
+    config
+        As of Transformers (vLLM's ``hf_config`` is one). Written so that defaults spelt out or
+        left out, and integers or floats, give the same hash: engines complete configs differently.
+    """
+    get_text = getattr(config, "get_text_config", None)
+    text = config if get_text is None else get_text(decoder=True)
+    heads = int(text.num_attention_heads)
+    fields = {
+        "model_type": str(text.model_type),
+        "hidden_size": int(text.hidden_size),
+        "num_hidden_layers": int(text.num_hidden_layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(getattr(text, "num_key_value_heads", None) or heads),
+        "head_dim": int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads),
+        "rope": _rope_fields(text),
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _rope_fields(text: Any) -> Any:
+    """Return kind, base and factor of the rotary embedding, by kind of layer where they differ."""
+    found = getattr(text, "rope_parameters", None)
+    if not found:
+        scaling = getattr(text, "rope_scaling", None) or {}
+        found = {"rope_theta": getattr(text, "rope_theta", None), **scaling}
+
+    def one(entry: Any) -> list[Any]:
+        theta, factor = entry.get("rope_theta"), entry.get("factor")
+        return [
+            str(entry.get("rope_type") or entry.get("type") or "default"),
+            None if theta is None else float(theta),
+            None if factor is None else float(factor),
+        ]
+
+    nested = {key: one(entry) for key, entry in found.items() if isinstance(entry, dict)}
+    return nested or one(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +139,8 @@ class LayerCalibration:
         to 1).
     k_codebook, v_codebook
         Calibrated levels.
+    k_spread
+        fp32 ``[heads]``: mean squared distance of keys from the mean key before rotary embedding.
     """
 
     offsets: KeyOffsets | None = None
@@ -90,6 +149,19 @@ class LayerCalibration:
     v_shift: Tensor | None = None
     k_codebook: Codebook | None = None
     v_codebook: Codebook | None = None
+    k_spread: Tensor | None = None
+
+    def share_left(self) -> float | None:
+        """Return which share of the keys' energy is mean key that the offsets could not take.
+
+        0 to below 1, over all heads; None without offsets or ``k_spread``. It is large where
+        pairs of rotary channels that turn fast carry a large mean.
+        """
+        if self.offsets is None or self.k_spread is None:
+            return None
+        left = float(self.offsets.energy_left().sum())
+        whole = left + float(self.k_spread.to("cpu", torch.float64).sum())
+        return left / whole if whole > 0 else 0.0
 
     def to(self, device: torch.device) -> LayerCalibration:
         """Return the same calibration on ``device``."""
@@ -103,6 +175,7 @@ class LayerCalibration:
             k_scale=move(self.k_scale),
             v_scale=move(self.v_scale),
             v_shift=move(self.v_shift),
+            k_spread=move(self.k_spread),
         )
 
     def check(self, heads: int, k_dim: int, v_dim: int) -> None:
@@ -142,7 +215,7 @@ class LayerCalibration:
         return v if self.v_shift is None else v + self.v_shift[:, None].to(v.dtype)
 
 
-_TENSORS = ("k_scale", "v_scale", "v_shift")
+_TENSORS = ("k_scale", "v_scale", "v_shift", "k_spread")
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +259,41 @@ class Calibration:
         if reason is not None:
             raise CalibrationError(f"calibration: wanted one of this model, but {reason}")
 
+    def weak_layers(self, k_bits: int) -> dict[int, float]:
+        """Return the layers whose offsets leave too much of the mean key for ``k_bits``.
+
+        Returns
+        -------
+        dict
+            :meth:`LayerCalibration.share_left` by layer, of the layers where what is left costs
+            more than a bit and more than the bits beyond three: at 3 and 4 bits shares above 75%,
+            at 5 bits above 94%.
+        """
+        weak = {}
+        for index, layer in sorted(self.layers.items()):
+            share = layer.share_left()
+            if share is None:
+                continue
+            lost = -math.log(1.0 - share, _ENERGY_PER_BIT)
+            if lost > max(1.0, k_bits - _WIDTH_THAT_HOLDS):
+                weak[index] = share
+        return weak
+
+    def weakness(self, k_bits: int) -> str | None:
+        """Return a sentence for users about :meth:`weak_layers`, or None if there are none."""
+        weak = self.weak_layers(k_bits)
+        if not weak:
+            return None
+        worst = max(weak, key=lambda index: weak[index])
+        times = math.sqrt(1.0 / (1.0 - weak[worst]))
+        return (
+            f"the offsets of centred keys leave {weak[worst]:.2%} of the keys' energy in layer"
+            f" {worst} (too much in layers {', '.join(map(str, weak))}): a mean that sits in rotary"
+            f" channels which turn within {SEGMENT} positions. Errors of {k_bits}-bit keys are"
+            f" {times:.1f} times as large there as without it. Wider keys help (tq_k8v4), and so"
+            " does leaving these layers in 16 bits (skip_layers)"
+        )
+
     def keep(self, *names: str) -> Calibration:
         """Return a calibration with only the named parts.
 
@@ -193,7 +301,7 @@ class Calibration:
         ----------
         names
             Among ``offsets``, ``k_scale``, ``v_scale``, ``v_shift``, ``k_codebook``,
-            ``v_codebook``.
+            ``v_codebook``, ``k_spread``.
         """
         known = set(LayerCalibration.__dataclass_fields__)
         unknown = set(names) - known

@@ -61,6 +61,17 @@ class Rotary:
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         return self._turn(x, cos, -sin if inverse else sin)
 
+    def segment_gains(self) -> Tensor:
+        """Return the length of the mean of each pair's turns over a segment, against that of one.
+
+        float64 ``[rotary_dim / 2]``, 0 to 1: the absolute mean of ``e^{i p f}`` over 256
+        consecutive positions, whichever they are. A pair near 0 turns so fast that a segment's
+        mean loses it.
+        """
+        turns = torch.arange(SEGMENT, device="cpu", dtype=torch.float64)[:, None]
+        angle = turns * self.inv_freq.to("cpu", torch.float64)
+        return torch.complex(angle.cos(), angle.sin()).mean(0).abs()
+
     def segment_means(self, mu: Tensor, first: int, last: int) -> Tensor:
         """Mean of ``R(p) mu`` over each segment's 256 positions.
 
@@ -117,6 +128,21 @@ class KeyOffsets:
     def to(self, device: torch.device) -> KeyOffsets:
         """Return the same offsets on ``device``."""
         return self if self.mu.device == device else KeyOffsets(self.mu.to(device), self.rotary)
+
+    def energy_left(self) -> Tensor:
+        """Return what a segment's offset leaves of the mean key: float64 ``[heads]``, on the CPU.
+
+        The mean over positions of ``|R(p) mu - offset|^2``. A pair of channels of gain ``g``
+        (:meth:`Rotary.segment_gains`) leaves ``1 - g^2`` of its part of ``|mu|^2``, and channels
+        that do not rotate leave nothing.
+        """
+        dim = self.rotary.rotary_dim
+        squares = self.mu[:, :dim].to("cpu", torch.float64).square()
+        if self.rotary.interleaved:
+            pairs = squares[:, 0::2] + squares[:, 1::2]
+        else:
+            pairs = squares[:, : dim // 2] + squares[:, dim // 2 :]
+        return (pairs * (1.0 - self.rotary.segment_gains().square())).sum(1)
 
     def at(self, start: int, count: int) -> Tensor:
         """Return the offsets of ``count`` consecutive positions: fp32 ``[heads, count, head_dim]``.

@@ -96,11 +96,8 @@ def demo(
     window: WindowOption = 128,
     sinks: SinksOption = 4,
     calibration: Annotated[
-        pathlib.Path | None, typer.Option(help="File written by `turbokv calibrate`.")
-    ] = None,
-    centred: Annotated[
-        bool, typer.Option(help="Centre keys by a calibration on random token ids, made now.")
-    ] = False,
+        str, typer.Option(help="Offsets of centred keys: auto, none or a file of `calibrate`.")
+    ] = "auto",
     prompt: Annotated[str | None, typer.Option(help="The user's message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     dtype: DtypeOption = "float32",
@@ -110,15 +107,10 @@ def demo(
 ) -> None:
     """Answer a chat message with and without a compressed cache, side by side."""
     loaded = _load(model, dtype, device, threads)
-    from turbokv.integrations.transformers.calibrate import calibrate as measure
     from turbokv.integrations.transformers.demo import run_demo
 
-    measured = _calibration(loaded, calibration)
     with _progress() as progress:
-        task = progress.add_task("calibrating" if centred else "answering twice")
-        if centred and measured is None:
-            measured = measure(loaded.model, tokens=2048, name=loaded.name)
-        progress.update(task, description="answering twice")
+        progress.add_task("answering twice")
         result = run_demo(
             loaded,
             prompt=prompt,
@@ -127,7 +119,7 @@ def demo(
             v_bits=v_bits or bits,
             window=window,
             sinks=sinks,
-            calibration=measured,
+            calibration=calibration,
         )
     if as_json:
         _print_json(result.to_dict())
@@ -215,6 +207,7 @@ def evaluate(
     loaded = _load(model, dtype, device, threads)
     from turbokv.integrations.transformers import evaluate as ev
     from turbokv.integrations.transformers.calibrate import calibrate as measure
+    from turbokv.integrations.transformers.calibration_choice import auto_calibration
 
     ours = list(ev.SHORT_PRESETS) if presets == "short" else _names(presets, ev.PRESETS)
     theirs = _names(rivals, ev.RIVALS)
@@ -234,14 +227,16 @@ def evaluate(
             calibrations["centred"] = given
         elif "centred" in wanted:
             if calibration_text:
-                held_out = loaded.tokenizer(
-                    ev.read_text(calibration_text), return_tensors="pt"
-                ).input_ids
+                held_out = ev.encode(loaded.tokenizer, ev.read_text(calibration_text))
             calibrations["centred"] = measure(
-                loaded.model, held_out.to(loaded.device), tokens=4096, name=loaded.name
+                loaded.model,
+                held_out.to(loaded.device),
+                tokens=4096,
+                bos=sample.bos,
+                name=loaded.name,
             )
-        if "random" in wanted:
-            calibrations["random"] = measure(loaded.model, tokens=4096, name=loaded.name)
+        if "random" in wanted:  # what engines take when they are given nothing
+            calibrations["random"] = auto_calibration(loaded.model)
         rows = ev.score_table(
             loaded.model,
             sample.ids.to(loaded.device),
@@ -358,11 +353,12 @@ def calibrate(
     """Measure a model's calibration (centred keys) and write it to a file."""
     loaded = _load(model, dtype, device, threads)
     from turbokv.integrations.transformers.calibrate import calibrate as measure
-    from turbokv.integrations.transformers.evaluate import read_text
+    from turbokv.integrations.transformers.evaluate import encode, read_text
+    from turbokv.integrations.transformers.models import leading_token
 
     ids = None
     if text is not None:
-        ids = loaded.tokenizer(read_text(text), return_tensors="pt").input_ids
+        ids = encode(loaded.tokenizer, read_text(text))
     with _progress() as progress:
         task = progress.add_task("running the model")
         result = measure(
@@ -373,12 +369,16 @@ def calibrate(
             v_bits=v_bits,
             context=context,
             tokens=tokens,
+            bos=leading_token(loaded.tokenizer),
             name=loaded.name,
             progress=lambda done, total: progress.update(
                 task, description=f"ran {min(done, total)} of {total} tokens"
             ),
         )
     result.save(output)
+    weakness = result.weakness(k_bits)
+    if weakness is not None:
+        errors.print(f"[yellow]turbokv:[/yellow] {weakness}", highlight=False)
     centred = sum(layer.offsets is not None for layer in result.layers.values())
     if as_json:
         _print_json(

@@ -16,7 +16,6 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from turbokv.calibration import CalibrationError
 from turbokv.centring import rotary_frequencies
 from turbokv.integrations.transformers import TurboKVCache
 from turbokv.integrations.transformers.calibrate import (
@@ -111,25 +110,14 @@ def test_every_part_can_be_measured_and_used_in_a_cache() -> None:
     assert 0 < scores["all"].kl < 2 * scores["none"].kl
 
 
-def test_cache_makes_the_data_free_calibration_when_asked() -> None:
+def test_spread_is_the_distance_from_the_mean_key() -> None:
     model = llama()
-    cache = TurboKVCache.for_model(model, 4, calibration="data-free", window=0)
-    assert cache.calibration is not None and sorted(cache.calibration.layers) == [0, 1]
-    again = TurboKVCache.for_model(model, 4, calibration=cache.calibration)
-    assert again.calibration is cache.calibration
-    assert TurboKVCache.for_model(model).calibration is None
-
-
-def test_cache_refuses_the_calibration_of_another_model() -> None:
-    got = calibrate(llama(), tokens=200)
-    with pytest.raises(CalibrationError, match="wanted one of this model, but its architecture"):
-        TurboKVCache.for_model(llama(num_hidden_layers=3), calibration=got)
-    torch.manual_seed(1)
-    other = LlamaForCausalLM(llama().config)
-    with pytest.raises(CalibrationError, match="the weights are not"):
-        TurboKVCache.for_model(other, calibration=got)
-    with pytest.raises(ValueError, match="calibration: wanted a Calibration, 'data-free' or None"):
-        TurboKVCache.for_model(other, calibration="text")
+    got = calibrate(model, torch.randint(3, 97, (1, 100)), context=100)
+    layer = got.layers[0]
+    assert layer.offsets is not None and layer.k_spread is not None
+    share = layer.share_left()
+    assert share is not None and 0 <= share < 0.5
+    assert calibrate(model, tokens=100, parts=("v_shift",)).layers[0].share_left() is None
 
 
 def test_bad_arguments_are_named() -> None:

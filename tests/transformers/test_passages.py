@@ -16,9 +16,9 @@ from turbokv.integrations.transformers.quality import Divergence, compare, pool,
 
 
 class Characters:
-    """A tokenizer with one token a character."""
+    """A tokenizer with one token a character, and no BOS."""
 
-    def __call__(self, text: str, return_tensors: str) -> Characters:
+    def __call__(self, text: str, return_tensors: str = "pt", **_: bool) -> Characters:
         self.input_ids = torch.tensor([[ord(c) % 64 for c in text]])
         return self
 

@@ -10,6 +10,7 @@ tensors are transient, one layer at a time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from turbokv.centring import KeyOffsets
 from turbokv.codec import TurboKVCodec
+from turbokv.integrations.transformers.calibration_choice import choose_calibration
 from turbokv.kernels import Backend, check_backend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from turbokv.calibration import Calibration, LayerCalibration
 
@@ -341,8 +343,8 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     Parameters
     ----------
     config
-        The model's config. Layers other than full attention (sliding, chunked, linear) get the
-        layer that Transformers' ``DynamicCache`` gives them and stay uncompressed: they are
+        The model, or only its config. Layers other than full attention (sliding, chunked, linear)
+        get the layer that Transformers' ``DynamicCache`` gives them and stay uncompressed: they are
         bounded.
     k_bits, v_bits
         Widths, 2 to 8; K carries most of the error, so give it the larger one.
@@ -351,8 +353,12 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     sinks
         First tokens of every sequence of which a 16-bit copy is kept.
     calibration
-        From ``turbokv calibrate`` (:class:`turbokv.calibration.Calibration`); None stores keys as
-        they are. :meth:`for_model` checks whose it is, or makes one without data.
+        ``"auto"`` centres keys by what the model's keys share on random token ids: it is run once,
+        the first time that a cache is made for it (``calibration_choice.auto_calibration``). A
+        config alone has no weights to run, so with one ``"auto"`` stores keys as they are, and
+        warns if the config speaks of biases. A :class:`~turbokv.calibration.Calibration`, or the
+        path of a file of ``turbokv calibrate``, must be of this model; of a config alone only the
+        architecture can be checked. ``"none"`` or None stores keys as they are.
     attention_mask
         ``[batch, tokens]`` of the prompt, to find the first real token of left-padded sequences.
         Without it the sinks are the first slots, padding or not.
@@ -365,22 +371,30 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     ------
     TypeError, ValueError
         Naming the argument, what was wanted and what was got.
+    CalibrationError
+        If the calibration is of another model, or its file is damaged.
+
+    Warns
+    -----
+    UserWarning
+        If the offsets of centred keys leave most of the keys' energy in a layer
+        (:meth:`~turbokv.calibration.Calibration.weak_layers`).
 
     Examples
     --------
-    >>> cache = TurboKVCache(model.config, k_bits=5, v_bits=3)  # doctest: +SKIP
+    >>> cache = TurboKVCache(model, k_bits=5, v_bits=3)  # doctest: +SKIP
     >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: PreTrainedConfig | PreTrainedModel,
         k_bits: int = 4,
         v_bits: int | None = None,
         *,
         window: int = DEFAULT_WINDOW,
         sinks: int = DEFAULT_SINKS,
-        calibration: Calibration | None = None,
+        calibration: Calibration | str | os.PathLike[str] | None = "auto",
         attention_mask: Tensor | None = None,
         first_position: int = 0,
         backend: Backend = "auto",
@@ -398,14 +412,15 @@ class TurboKVCache(Cache):  # type: ignore[misc]
         TurboKVCodec(64, k_bits, v_bits, **codec_options)
         first_position = _check_count(first_position, "first_position")
         padding = None if attention_mask is None else _left_padding(attention_mask)
-        if calibration is not None:
-            calibration.check_widths(k_bits, v_bits)
+        measured = choose_calibration(config, calibration, k_bits, v_bits)
+        if isinstance(config, torch.nn.Module):
+            config = config.config
         layers = []
         for index, layer in enumerate(DynamicCache(config=config).layers):
             if type(layer) is DynamicLayer:
                 layer = TurboKVLayer(
                     options,
-                    calibration=None if calibration is None else calibration.layer(index),
+                    calibration=None if measured is None else measured.layer(index),
                     first_position=first_position,
                     left_padding=padding,
                 )
@@ -416,7 +431,7 @@ class TurboKVCache(Cache):  # type: ignore[misc]
                 f" got {type(config).__name__} with {[type(x).__name__ for x in layers[:4]]}"
             )
         super().__init__(layers=layers)
-        self.calibration = calibration
+        self.calibration = measured
 
     @classmethod
     def for_model(
@@ -424,42 +439,12 @@ class TurboKVCache(Cache):  # type: ignore[misc]
         model: Any,
         k_bits: int = 4,
         v_bits: int | None = None,
-        *,
-        calibration: Calibration | str | None = None,
         **options: Any,
     ) -> TurboKVCache:
-        """Make a cache for a loaded model, and its data-free calibration when asked.
-
-        Parameters
-        ----------
-        model
-            The Transformers model that the cache will be used with.
-        k_bits, v_bits, options
-            As for the constructor.
-        calibration
-            A :class:`Calibration`, which must be of this model; ``"data-free"`` runs the model on
-            2048 random token ids now (keep :attr:`calibration` to make more caches); or None.
-
-        Raises
-        ------
-        CalibrationError
-            If the calibration is of another model.
-        TypeError, ValueError
-            As for the constructor.
-        """
-        from turbokv.calibration import Calibration
-        from turbokv.integrations.transformers.calibrate import calibrate
-        from turbokv.integrations.transformers.models import fingerprint
-
-        if calibration == "data-free":
-            calibration = calibrate(model, tokens=2048)
-        elif isinstance(calibration, Calibration):
-            calibration.check_model(fingerprint(model))
-        elif calibration is not None:
-            raise ValueError(
-                f"calibration: wanted a Calibration, 'data-free' or None, got {calibration!r}"
-            )
-        return cls(model.config, k_bits, v_bits, calibration=calibration, **options)
+        """Make a cache for a loaded model; the same as giving the model to the constructor."""
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model: wanted a Transformers model, got {type(model).__name__}")
+        return cls(model, k_bits, v_bits, **options)
 
     def compressed_layers(self) -> Iterator[TurboKVLayer]:
         """Iterate over the layers that compress."""

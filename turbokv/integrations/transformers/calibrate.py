@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,17 +57,17 @@ def find_rotary(model: Any) -> dict[int, Rotary]:
     described = str(parameters)
     if any(word in described for word in ("mrope", "dynamic", "longrope")):
         return {}
-    candidates = [Rotary(torch.empty(0, dtype=torch.float64))]
+    candidates = [Rotary(torch.empty(0, dtype=torch.float64, device="cpu"))]
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
             inv_freq = buffer.detach().to("cpu", torch.float64)
             candidates += [Rotary(inv_freq), Rotary(inv_freq, interleaved=True)]
     token = min(1000, config.vocab_size - 1)
-    ids = torch.full((1, _PROBE_TOKENS), token, device=model.device)
+    ids = torch.full((1, _PROBE_TOKENS), token, dtype=torch.int64, device=model.device)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-    positions = torch.arange(_PROBE_TOKENS)
+        _body(model)(input_ids=ids, past_key_values=cache, use_cache=True)
+    positions = torch.arange(_PROBE_TOKENS, dtype=torch.int64, device="cpu")
     found: dict[int, Rotary] = {}
     for index, keys, _ in _layers_of(cache):
         k = keys[0].to("cpu", torch.float64)
@@ -102,9 +103,15 @@ def _captured_queries(model: Any) -> Iterator[list[Tensor]]:
 
 def random_tokens(model: Any, count: int, seed: int = 0) -> Tensor:
     """Return random token ids ``[1, count]``: the data-free calibration text."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     size = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(0, size, (1, count), generator=generator).to(model.device)
+    ids = torch.randint(0, size, (1, count), generator=generator, dtype=torch.int64, device="cpu")
+    return ids.to(model.device)
+
+
+def _body(model: Any) -> Any:
+    """Return the model without its head: logits of a text would take more memory than the rest."""
+    return getattr(model, "base_model", model)
 
 
 @torch.inference_mode()
@@ -117,6 +124,7 @@ def calibrate(
     v_bits: int | None = None,
     context: int = 1024,
     tokens: int = 8192,
+    bos: int | None = None,
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -137,6 +145,9 @@ def calibrate(
         Tokens per forward pass; positions start at 0 in each.
     tokens
         Most tokens to read.
+    bos
+        Put before every piece of ``context`` tokens: what the model's tokenizer begins a text with
+        (:func:`turbokv.integrations.transformers.models.leading_token`), if it does.
     name
         The model's name, for messages.
     progress
@@ -159,14 +170,16 @@ def calibrate(
     v_bits = k_bits if v_bits is None else v_bits
     rotaries = find_rotary(model) if "offsets" in parts else {}
     statics = StaticCalibrator()
-    pieces = [p for p in torch.split(ids, context, dim=1) if p.shape[1] > SKIP_TOKENS]
+    pieces = split_text(ids, context, bos)
     for number, piece in enumerate(pieces):
         for index, k, v, q in _forward(model, piece, with_queries="k_scale" in parts):
             named = {"k": k, "v": v}
             if q is not None:
                 named["q"] = q
             if index in rotaries:
-                positions = torch.arange(SKIP_TOKENS, SKIP_TOKENS + k.shape[1])
+                positions = torch.arange(
+                    SKIP_TOKENS, SKIP_TOKENS + k.shape[1], dtype=torch.int64, device="cpu"
+                )
                 named["k_pre"] = rotaries[index].rotate(k.float(), positions, inverse=True)
             statics.update(index, **named)
         if progress is not None:
@@ -178,6 +191,7 @@ def calibrate(
             offsets = KeyOffsets(statics.k_mean(index), rotaries[index])
         layers[index] = LayerCalibration(
             offsets=offsets,
+            k_spread=None if offsets is None else statics.k_spread(index),
             k_scale=statics.k_scale(index) if "k_scale" in parts else None,
             v_scale=statics.v_scale(index) if "v_scale" in parts else None,
             v_shift=statics.v_shift(index) if "v_shift" in parts else None,
@@ -191,6 +205,18 @@ def calibrate(
     )
 
 
+def split_text(ids: Tensor, context: int, bos: int | None) -> list[Tensor]:
+    """Cut ``ids`` ``[1, tokens]`` into pieces of ``context`` tokens that begin with ``bos``."""
+    if bos is None:
+        return [p for p in torch.split(ids, context, dim=1) if p.shape[1] > SKIP_TOKENS]
+    pieces = torch.split(ids, context - 1, dim=1)
+    return [
+        torch.cat([piece.new_full((1, 1), bos), piece], dim=1)
+        for piece in pieces
+        if piece.shape[1] >= SKIP_TOKENS
+    ]
+
+
 def _forward(
     model: Any, piece: Tensor, *, with_queries: bool = False
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
@@ -199,9 +225,9 @@ def _forward(
     queries: list[Tensor] = []
     if with_queries:
         with _captured_queries(model) as queries:
-            model(input_ids=piece, past_key_values=cache, use_cache=True)
+            _body(model)(input_ids=piece, past_key_values=cache, use_cache=True)
     else:
-        model(input_ids=piece, past_key_values=cache, use_cache=True)
+        _body(model)(input_ids=piece, past_key_values=cache, use_cache=True)
     for index, keys, values in _layers_of(cache):
         k, v = keys[0, :, SKIP_TOKENS:], values[0, :, SKIP_TOKENS:]
         q = None
@@ -220,8 +246,6 @@ def _with_codebooks(
     v_bits: int,
 ) -> dict[int, LayerCalibration]:
     """Fit codebooks to what is left after the other parts have been applied."""
-    from dataclasses import replace
-
     calibrators: dict[int, OnlineCalibrator] = {}
     for piece in pieces:
         for index, k, v, _ in _forward(model, piece):

@@ -166,9 +166,9 @@ def run_demo(
         loaded, ids, DynamicCache(config=config), max_new_tokens
     )
     ours_ids, _, compressed = generate_greedy(
-        loaded, ids, TurboKVCache(config, **cache_options), max_new_tokens
+        loaded, ids, TurboKVCache(loaded.model, **cache_options), max_new_tokens
     )
-    forced = forced_rows(loaded, ids, full_ids, TurboKVCache(config, **cache_options))
+    forced = forced_rows(loaded, ids, full_ids, TurboKVCache(loaded.model, **cache_options))
     kl = (full_rows.exp() * (full_rows - forced)).sum(-1).mean()
     top1 = (full_rows.argmax(-1) == forced.argmax(-1)).float().mean()
     shared = min(len(full_ids), len(ours_ids))

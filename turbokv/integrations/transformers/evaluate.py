@@ -17,7 +17,7 @@ from turbokv.calibration import Calibration
 from turbokv.codec import TurboKVCodec
 from turbokv.integrations.transformers.baselines import BASELINES
 from turbokv.integrations.transformers.cache import DEFAULT_SINKS, DEFAULT_WINDOW, TurboKVCache
-from turbokv.integrations.transformers.models import english_text
+from turbokv.integrations.transformers.models import english_text, leading_token
 from turbokv.integrations.transformers.quality import (
     CacheFactory,
     Divergence,
@@ -328,16 +328,26 @@ class Sample:
     Attributes
     ----------
     ids
-        int64 ``[passages, tokens]``.
+        int64 ``[passages, tokens]``. Each begins with what the tokenizer begins a text with, if it
+        does.
     starts
-        Where each passage starts in the tokenised text.
+        Where the text of each passage starts in the tokenised text.
     held_out
         int64 ``[1, calibration_tokens]`` from the end of the text, disjoint from every passage.
+    bos
+        What each passage begins with besides its text, or None.
     """
 
     ids: Tensor
     starts: tuple[int, ...]
     held_out: Tensor
+    bos: int | None = None
+
+
+def encode(tokenizer: Any, text: str) -> Tensor:
+    """Tokenise a text as its middle would be, without BOS: int64 ``[1, tokens]``."""
+    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return ids
 
 
 def sample_text(
@@ -350,11 +360,13 @@ def sample_text(
     ValueError
         If the text is too short for that many separate passages and the part to calibrate on.
     """
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    length = ids.shape[1]
-    starts = passage_starts(length, tokens, passages, calibration_tokens)
-    scored = torch.cat([ids[:, start : start + tokens] for start in starts])
-    return Sample(scored, tuple(starts), ids[:, length - calibration_tokens :])
+    ids, bos = encode(tokenizer, text), leading_token(tokenizer)
+    length, own = ids.shape[1], tokens - (bos is not None)
+    starts = passage_starts(length, own, passages, calibration_tokens)
+    scored = torch.cat([ids[:, start : start + own] for start in starts])
+    if bos is not None:
+        scored = torch.cat([scored.new_full((passages, 1), bos), scored], dim=1)
+    return Sample(scored, tuple(starts), ids[:, length - calibration_tokens :], bos)
 
 
 # --- needle ---------------------------------------------------------------------------------------

