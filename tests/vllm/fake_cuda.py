@@ -2,7 +2,8 @@
 """Pretend to be an H100, make a model's attention layers, and print what vLLM makes of their cache.
 
 Run in a process of its own, which answers lines of JSON, ``[folder, dtype, arguments]``. What runs
-is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders.
+is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders: of the
+patched 0.26.0 and of 0.28 to 0.33, whose Python files are enough.
 """
 
 from __future__ import annotations
@@ -82,10 +83,7 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.layers.attention import Attention
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import MambaSpec
     from vllm.v1.worker.gpu import attn_utils
 
@@ -97,76 +95,151 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
     hf = config.model_config.hf_text_config
     kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     torch.set_default_dtype(torch.bfloat16)
-    found: dict[str, Any] = {"v2": config.use_v2_model_runner}
+    found: dict[str, Any] = {
+        "v2": config.use_v2_model_runner,
+        "scheduler": str(config.scheduler_config.scheduler_cls),
+    }
     with set_current_vllm_config(config):
-        for i, kind in enumerate(kinds):
-            if kind == "linear_attention":
-                continue
-            Attention(
-                hf.num_attention_heads,
-                hf.head_dim,
-                hf.head_dim**-0.5,
-                num_kv_heads=hf.num_key_value_heads,
-                cache_config=config.cache_config,
-                per_layer_sliding_window=(
-                    hf.sliding_window if kind == "sliding_attention" else None
-                ),
-                prefix=f"model.layers.{i}.self_attn.attn",
-            )
+        _make_layers(config, kinds, "model")
+    if config.speculative_config is not None:
+        drafter = _draft_config(config)
+        with set_current_vllm_config(drafter):
+            _make_layers(drafter, kinds, "draft_model.model")
+    with set_current_vllm_config(config):
         layers = config.compilation_config.static_forward_context
         found["backends"] = [layer.attn_backend.get_name() for layer in layers.values()]
+        found["dtypes"] = [layer.kv_cache_dtype for layer in layers.values()]
         current_platform.update_block_size_for_backend(config)
         specs = attn_utils.get_kv_cache_spec(config)
         if "linear_attention" in kinds:
             specs |= _linear_specs(config, kinds, MambaSpec)
         found["block_size"] = config.cache_config.block_size
         found["pages"] = sorted({spec.page_size_bytes for spec in specs.values()})
-        cache = kv_cache_utils.get_kv_cache_configs(config, [specs], [256 << 20])[0]
+        found["slots"] = sorted({_token_bytes(spec) for spec in specs.values()} - {0})
+        cache = _cache_config(config, specs)
         found["groups"] = [
             [type(g.kv_cache_spec).__name__, len(g.layer_names)] for g in cache.kv_cache_groups
         ]
+        found["group_pages"] = sorted(
+            {g.kv_cache_spec.page_size_bytes for g in cache.kv_cache_groups}
+        )
+        found["blocks"] = cache.num_blocks
         if "linear_attention" in kinds:
             return found
         groups, graphs, sizes = attn_utils.init_attn_backend(cache, config, torch.device("cpu"))
-        raw = attn_utils._allocate_kv_cache(cache, {}, torch.device("cpu"))
         flat = [group for several in groups for group in several]
-        tensors = attn_utils._reshape_kv_cache(
-            flat, raw, config.cache_config.cache_dtype, sizes, {}, cache
-        )
+        tensors = _tensors(config, cache, flat, sizes)
         found["shapes"] = sorted({(tuple(t.shape[1:]), str(t.dtype)) for t in tensors.values()})
+        found["is_dense_in_pages"] = all(_is_dense(t[0]) for t in tensors.values())
         found["graphs"] = graphs.min_cg_support.name
         for name, tensor in tensors.items():
             layers[name].kv_cache = tensor
-        starts = torch.tensor([0, 1, 2, 34], dtype=torch.int32)
-        lens = torch.tensor([40, 17, 64], dtype=torch.int32)
-        step = CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=lens,
-            num_reqs=3,
-            num_actual_tokens=34,
-            max_query_len=32,
-            max_seq_len=64,
-            block_table_tensor=torch.zeros(3, 8, dtype=torch.int32),
-            slot_mapping=torch.arange(34),
-            seq_lens_cpu_upper_bound=lens,
-        )
-        found["steps"] = []
-        for group in flat:
-            if group.backend.get_name() == "TURBOKV":
-                # by keyword, as vLLM does
-                md = group.get_metadata_builder(0).build(
-                    common_prefix_len=0, common_attn_metadata=step
-                )
-                found["steps"].append(
-                    [
-                        md.num_decodes,
-                        md.num_decode_tokens,
-                        md.max_decode_len,
-                        [list(part.group.context_lens) for part in md.prefill],
-                    ]
-                )
+        found["steps"] = [_step(group) for group in flat if group.backend.get_name() == "TURBOKV"]
     return found
+
+
+def _make_layers(config: Any, kinds: list[str], prefix: str) -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    hf = config.model_config.hf_text_config
+    for i, kind in enumerate(kinds):
+        if kind == "linear_attention":
+            continue
+        Attention(
+            hf.num_attention_heads,
+            hf.head_dim,
+            hf.head_dim**-0.5,
+            num_kv_heads=hf.num_key_value_heads,
+            cache_config=config.cache_config,
+            per_layer_sliding_window=hf.sliding_window if kind == "sliding_attention" else None,
+            prefix=f"{prefix}.layers.{i}.self_attn.attn",
+        )
+
+
+def _draft_config(config: Any) -> Any:
+    """Return the configuration that vLLM makes a drafter's layers with."""
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    proposer = types.SimpleNamespace(
+        vllm_config=config, speculative_config=config.speculative_config
+    )
+    return SpecDecodeBaseProposer._create_draft_vllm_config(proposer)
+
+
+def _token_bytes(spec: Any) -> int:
+    """Return the bytes of a token in a page, without what pads the page; 0 for states."""
+    heads = getattr(spec, "num_kv_heads", None)
+    return 0 if heads is None else int(spec.real_page_size_bytes // (spec.block_size * heads))
+
+
+def _cache_config(config: Any, specs: dict[str, Any]) -> Any:
+    """Return what vLLM allocates in 256 MiB."""
+    from vllm.v1.core import kv_cache_utils
+
+    memory = [256 << 20]
+    _resolve_layout(config, specs)
+    if hasattr(kv_cache_utils, "get_kv_cache_configs"):
+        return kv_cache_utils.get_kv_cache_configs(config, [specs], memory)[0]
+    from vllm.v1.core import kv_cache_planning  # 0.33
+
+    groups = kv_cache_planning.get_global_kv_cache_groups(config, [specs])
+    return kv_cache_planning.get_kv_cache_configs(config, [specs], memory, groups)[0]
+
+
+def _resolve_layout(config: Any, specs: dict[str, Any]) -> None:
+    from vllm.v1.attention.backends import utils
+
+    if not hasattr(utils, "resolve_kv_cache_layout"):  # before 0.29
+        return
+    layers = config.compilation_config.static_forward_context.values()
+    layouts = utils.get_supported_kv_cache_layouts([layer.attn_backend for layer in layers])
+    names = [layout.name for layout in layouts]
+    utils.resolve_kv_cache_layout(config, [names], list(specs.values()))
+
+
+def _tensors(config: Any, cache: Any, groups: list[Any], sizes: Any) -> dict[str, Any]:
+    """Return the caches of all layers, as layers get them."""
+    import torch
+    from vllm.v1.worker import utils
+    from vllm.v1.worker.gpu import attn_utils
+
+    device = torch.device("cpu")
+    if hasattr(utils, "allocate_kv_cache"):  # 0.29
+        layout = config.cache_config.get_resolved_kv_cache_layout()
+        return utils.allocate_kv_cache(cache, device, layout, sizes)
+    raw = attn_utils._allocate_kv_cache(cache, {}, device)
+    dtype = config.cache_config.cache_dtype
+    return attn_utils._reshape_kv_cache(groups, raw, dtype, sizes, {}, cache)
+
+
+def _is_dense(page: Any) -> bool:
+    """Whether a page's numbers lie together in the order of its dimensions."""
+    return bool(page.is_contiguous())
+
+
+def _step(group: Any) -> list[Any]:
+    """Return what a group's builder makes of two decodes and a prefill."""
+    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = torch.tensor([0, 1, 2, 34], dtype=torch.int32)
+    lens = torch.tensor([40, 17, 64], dtype=torch.int32)
+    step = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lens,
+        num_reqs=3,
+        num_actual_tokens=34,
+        max_query_len=32,
+        max_seq_len=64,
+        block_table_tensor=torch.zeros(3, 8, dtype=torch.int32),
+        slot_mapping=torch.arange(34),
+        seq_lens_cpu_upper_bound=lens,
+    )
+    # by keyword, as vLLM does
+    md = group.get_metadata_builder(0).build(common_prefix_len=0, common_attn_metadata=step)
+    contexts = [list(part.group.context_lens) for part in md.prefill]
+    return [md.num_decodes, md.num_decode_tokens, md.max_decode_len, contexts]
 
 
 def _linear_specs(config: Any, kinds: list[str], spec: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def config(cache_dtype: str = "tq4", connector: str | None = None, **ours: Any) 
             kv_connector=connector, kv_connector_module_path=None, kv_connector_extra_config={}
         )
     return SimpleNamespace(
+        speculative_config=None,
         additional_config={"turbokv": ours} if ours else {},
         cache_config=SimpleNamespace(
             cache_dtype=cache_dtype, kv_cache_dtype_skip_layers=[], block_size=32

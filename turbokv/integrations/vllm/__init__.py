@@ -8,6 +8,7 @@
 ``options``         ``additional_config={"turbokv": {...}}``
 ``startup``         checks of vLLM's configuration and changes to it, one list, in order
 ``limits``          queries of a request that decode takes, and drafts
+``plugin/``         what makes an unpatched vLLM know of us: dtypes, backend, platform, engine
 ``compat``          calls to vLLM that moved between versions, or will
 ``backend``         what vLLM imports when a model is built with one of our dtypes
 ``attention/``      one layer: implementation, metadata of a step, formats, scratch, and the steps

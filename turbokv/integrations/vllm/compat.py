@@ -1,27 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that depends on which vLLM this is: 0.26.0 with our patch.
+"""What differs between the versions of vLLM: 0.26.0 with our patch, and 0.28 to 0.33 as they are.
 
-Newer versions have extension points of their own for cache dtypes and page sizes; what changes with
-them changes here.
+Asked for is what a vLLM has, never its version.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import KVQuantMode, SlidingWindowSpec, TQFullAttentionSpec
+from vllm.v1 import kv_cache_interface
 from vllm.v1.worker import workspace as vllm_workspace
 
 from turbokv.integrations.vllm.dtypes import slot_bytes
 
+# --- specs ----------------------------------------------------------------------------------------
+
+
+def is_opaque(spec: Any) -> bool:
+    """Whether a spec's layer has one of our dtypes, by the mode that the plugin gives them."""
+    return bool(spec.kv_quant_mode == getattr(kv_cache_interface.KVQuantMode, "CUSTOM", None))
+
+
+def page_layouts() -> Any:
+    """Return the layouts of caches that our kernels read, None where vLLM has no choice."""
+    if importlib.util.find_spec("vllm.v1.kv_cache_layout") is None:  # before 0.29
+        return None
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+
+def unequal_sizes(name: str, cache_dtype: str, sizes: Any) -> str:
+    """Return a sentence on a layer whose keys and values differ in size."""
+    return (
+        f"{name}: wanted keys and values of one size for kv_cache_dtype={cache_dtype}, got"
+        f" {sizes.head_size} and {sizes.head_size_v}; list the layer in skip_layers"
+    )
+
 
 def layer_spec(layer: Any, vllm_config: Any) -> Any:
-    """Return the KV cache spec of ``layer``: pages of our size, of the kind the layer needs.
+    """Return the KV cache spec of ``layer`` in the patched 0.26.0: pages of our size.
+
+    Newer versions make the spec themselves and ask the backend's ``customize_spec``.
 
     Raises
     ------
@@ -29,27 +55,26 @@ def layer_spec(layer: Any, vllm_config: Any) -> Any:
         If keys and values of the layer differ in size.
     """
     if layer.head_size_v != layer.head_size:
-        raise ValueError(
-            f"{layer.layer_name}: wanted keys and values of one size for kv_cache_dtype="
-            f"{layer.kv_cache_dtype}, got {layer.head_size} and {layer.head_size_v}; list the layer"
-            " in skip_layers"
-        )
+        raise ValueError(unequal_sizes(layer.layer_name, layer.kv_cache_dtype, layer))
     common = {
         "block_size": vllm_config.cache_config.block_size,
         "num_kv_heads": layer.num_kv_heads,
         "head_size": layer.head_size,
         "head_size_v": layer.head_size_v,
         "dtype": torch.uint8,
-        "kv_quant_mode": KVQuantMode.TURBOKV,
+        "kv_quant_mode": kv_cache_interface.KVQuantMode.TURBOKV,
         "tq_slot_size": slot_bytes(layer.kv_cache_dtype, layer.head_size),
     }
     window = layer.sliding_window
     if window is None:
-        return TQFullAttentionSpec(**common)
+        return kv_cache_interface.TQFullAttentionSpec(**common)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         # vLLM would turn a sliding window into a full spec itself, and lose the size of our pages
-        return TQFullAttentionSpec(sliding_window=window, **common)
-    return SlidingWindowSpec(sliding_window=window, **common)
+        return kv_cache_interface.TQFullAttentionSpec(sliding_window=window, **common)
+    return kv_cache_interface.SlidingWindowSpec(sliding_window=window, **common)
+
+
+# --- a forward pass and its layers ----------------------------------------------------------------
 
 
 def layer_metadata(layer_name: str) -> Any:

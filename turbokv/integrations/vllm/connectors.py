@@ -31,7 +31,7 @@ import torch
 
 from turbokv import core
 from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
-from turbokv.integrations.vllm.dtypes import CACHE_DTYPES
+from turbokv.integrations.vllm.dtypes import uses_turbokv
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.window.pool import live_windows
 from turbokv.paged import FORMAT_VERSION
@@ -68,6 +68,7 @@ def page_identity(vllm_config: Any) -> str:
     fields = {
         "format": FORMAT_VERSION,
         "cache_dtype": cache.cache_dtype,
+        "draft_cache_dtype": getattr(vllm_config.speculative_config, "kv_cache_dtype", None),
         "calibration": None if options.calibration is None else _file_sha256(options.calibration),
         "seed": core.DEFAULT_SEED,
         "rules": [DEFAULT_K_RULE, DEFAULT_V_RULE],
@@ -135,11 +136,9 @@ def after_worker_call(engine_core: Any, method: Any) -> None:
     Called at the end of the engine core's ``collective_rpc``. Requests under way are preempted and
     computed again.
     """
-    if method not in _RELOADS:
+    if method not in _RELOADS or not uses_turbokv(engine_core.vllm_config):
         return
-    if engine_core.vllm_config.cache_config.cache_dtype in CACHE_DTYPES and not (
-        engine_core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
-    ):
+    if not engine_core.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
         raise RuntimeError(f"{method}: the prefix cache of the old weights could not be cleared")
 
 

@@ -7,6 +7,8 @@ its own configuration is still being defined.
 
 from __future__ import annotations
 
+from typing import Any
+
 from turbokv import core
 from turbokv.paged import MIN_PADDED_DIM, TILE, PageLayout
 
@@ -50,3 +52,21 @@ def slot_bytes(name: str, head_dim: int) -> int:
     # KV connectors ask for the shape of a cache of one-element heads, to see its rank alone
     dim = max(head_dim, MIN_HEAD_DIM)
     return PageLayout(dim, k_bits, v_bits, TILE, 1).bytes_per_token
+
+
+def cache_dtypes(vllm_config: Any) -> list[str]:
+    """Return which dtypes of ours a configuration has: the model's, and its drafter's if other.
+
+    Parameters
+    ----------
+    vllm_config
+        vLLM's. A drafter may have a cache dtype of its own (vLLM 0.28 and newer).
+    """
+    drafter = getattr(vllm_config.speculative_config, "kv_cache_dtype", None)
+    found = dict.fromkeys((vllm_config.cache_config.cache_dtype, drafter))
+    return [name for name in found if name in CACHE_DTYPES]
+
+
+def uses_turbokv(vllm_config: Any) -> bool:
+    """Whether the model's cache dtype is ours, or its drafter's."""
+    return bool(cache_dtypes(vllm_config))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the patched vLLM calls: the whole surface between the two, as plain functions.
+"""What vLLM calls, by our plugin or by our patch: the surface between the two, as plain functions.
 
 Nothing of vLLM is imported here, because vLLM imports this module while it starts.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from turbokv.integrations import build_identity
-from turbokv.integrations.vllm.dtypes import CACHE_DTYPES, slot_bytes
+from turbokv.integrations.vllm.dtypes import CACHE_DTYPES, slot_bytes, uses_turbokv
 
 __all__ = [
     "CACHE_DTYPES",
@@ -18,6 +18,7 @@ __all__ = [
     "is_turbokv",
     "layer_spec",
     "token_page_bytes",
+    "uses_turbokv",
 ]
 
 # Pages are written and read by both: a vLLM that was built with another turbokv ends here.
@@ -32,10 +33,10 @@ def is_turbokv(kv_cache_dtype: object) -> bool:
 def check_and_update_config(vllm_config: Any) -> None:
     """Refuse at start-up what cannot work, and bring the options into vLLM's configuration.
 
-    Does nothing unless the cache dtype is ours. Called once the configuration is complete and
-    before any layer is made.
+    Does nothing unless the cache dtype is ours, or the drafter's is. Called once the configuration
+    is complete and before any layer is made.
     """
-    if is_turbokv(vllm_config.cache_config.cache_dtype):
+    if uses_turbokv(vllm_config):
         from turbokv.integrations.vllm import startup
 
         startup.complete(vllm_config)
@@ -57,7 +58,7 @@ def layer_spec(layer: Any, vllm_config: Any) -> Any:
 
 def after_worker_call(engine_core: Any, method: Any) -> None:
     """Forget cached pages after workers took other weights; at the end of every worker call."""
-    if is_turbokv(engine_core.vllm_config.cache_config.cache_dtype):
+    if uses_turbokv(engine_core.vllm_config):
         from turbokv.integrations.vllm import connectors
 
         connectors.after_worker_call(engine_core, method)

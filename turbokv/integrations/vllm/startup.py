@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from turbokv.integrations.vllm import connectors
-from turbokv.integrations.vllm.dtypes import MAX_HEAD_DIM, MIN_HEAD_DIM
+from turbokv.integrations.vllm.dtypes import (
+    CACHE_DTYPES,
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+    cache_dtypes,
+)
 from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, max_decode_queries
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill import flashinfer
@@ -62,7 +67,8 @@ def _speculation(config: Any, options: Options) -> Iterator[str]:
 
 def _cache(config: Any, options: Options) -> Iterator[str]:
     cache, attention = config.cache_config, config.attention_config
-    if attention.backend is not None and attention.backend.name != "TURBOKV":
+    is_ours = cache.cache_dtype in CACHE_DTYPES  # else only the drafter's is
+    if is_ours and attention.backend is not None and attention.backend.name != "TURBOKV":
         yield f"attention_backend: wanted TURBOKV or none, got {attention.backend.name}"
     if options.path == "flashinfer":
         reason = flashinfer.why_unavailable()
@@ -114,7 +120,8 @@ def _skip_layers(config: Any, options: Options) -> None:
 
 def _backend(config: Any, options: Options) -> None:
     """Forget a backend asked for by name: the dtype implies ours, 16-bit layers need another."""
-    config.attention_config.backend = None
+    if config.cache_config.cache_dtype in CACHE_DTYPES:
+        config.attention_config.backend = None
 
 
 def _connector(config: Any, options: Options) -> None:
@@ -165,7 +172,7 @@ def complete(config: Any) -> None:
         return
     problems = [text for check in CHECKS for text in check(config, options)]
     if problems:
-        name = config.cache_config.cache_dtype
-        raise ValueError(f"kv_cache_dtype={name}: " + "; ".join(problems))
+        names = ", ".join(cache_dtypes(config))
+        raise ValueError(f"kv_cache_dtype={names}: " + "; ".join(problems))
     for completion in COMPLETIONS:
         completion(config, options)

@@ -137,12 +137,12 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
     def _calibrate(self, path: str) -> None:
         """Take codebooks and offsets of this layer; codebooks once, offsets after every load."""
         name, _ = compat.own_layer(self, self.vllm_config)
+        # a draft model numbers its layers anew, and may have other widths: the file is not for it
+        if compat.is_draft_layer(name):
+            return
         calibration = Calibration.load(path)
         check_calibration(calibration, self.kv_cache_dtype)
-        # a draft model of its own numbers its layers anew: the file is not about those
-        layer = None
-        if not compat.is_draft_layer(name):
-            layer = calibration.layer(compat.layer_index(name))
+        layer = calibration.layer(compat.layer_index(name))
         if layer is None:
             return
         if not self._is_calibrated:
