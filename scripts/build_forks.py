@@ -29,6 +29,7 @@ from forks.wheels import (
     build_flashinfer,
     build_turbokv,
     build_vllm,
+    has_kernels,
     inputs_digest,
     turbokv_digest,
 )
@@ -60,11 +61,9 @@ def build(name: str, dist: Path, root: Path, archs: str, jobs: int) -> Path:
     size = wheel.stat().st_size
     stamp.write_text(f"{wheel.name} {digest} {size}\n")
     print(f"{wheel.name}: {size / 1e6:.1f} MB, {time.monotonic() - begin:.0f} s")
-    if fork is None and wheel.name.endswith("-any.whl"):
-        print(
-            "turbokv: without CUDA kernels, "
-            + ("as asked" if archs == "off" else "nvcc is missing")
-        )
+    if fork is None and not has_kernels(wheel):
+        reason = "as asked" if archs == "off" else "nvcc is missing (CUDA toolkit 13)"
+        print(f"turbokv: without CUDA kernels, {reason}: vLLM does not serve with this wheel")
     return wheel
 
 

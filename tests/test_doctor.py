@@ -81,11 +81,13 @@ def test_engines_are_not_imported() -> None:
 
 def test_flashinfer_with_hooks_is_told_apart(installed: Pretend) -> None:
     installed({"flashinfer-python": "0.6.14+turbokv.1"})
-    assert checks()["FlashInfer"].status == "ok"
-    installed({"flashinfer-python": "0.6.14"})
+    assert "with TurboKV's hooks" in checks()["FlashInfer"].detail
+    installed({"flashinfer-python": "0.7.2"})
     found = checks()["FlashInfer"]
-    assert found.status == "warn"
-    assert "+turbokv" in (found.remedy or "")
+    assert (found.status, found.remedy) == ("ok", None)
+    assert "as released" in found.detail
+    installed({})
+    assert checks()["FlashInfer"].status == "missing"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ _EPOCH = "1767225600"  # the same, for tools that read SOURCE_DATE_EPOCH
 # What FlashInfer's back end asks for, pinned: another version writes other metadata.
 _FLASHINFER_BUILD = ("setuptools==84.2.1", "packaging==26.4", "apache-tvm-ffi==0.1.10")
 
+_KERNELS = "turbokv/kernels/cuda/libturbokv_cuda.so"
+
 
 def identity_module(root: Path) -> ModuleType:
     """Load ``turbokv.integrations.build_identity`` by its path: importing turbokv needs PyTorch."""
@@ -230,6 +232,12 @@ def build_turbokv(root: Path, dist: Path, archs: str, jobs: int) -> Path:
     built = _python_build(root, root / "build" / "forks" / "turbokv", "turbokv", options, {})
     file, content, version = identity(root)
     return _restamp(built, dist, version, {f"turbokv/{file}": content})
+
+
+def has_kernels(wheel: Path) -> bool:
+    """Whether turbokv's wheel carries CUDA kernels; one without nvcc still has a CPU library."""
+    with zipfile.ZipFile(wheel) as opened:
+        return _KERNELS in opened.namelist()
 
 
 def build_flashinfer(fork: Fork, dist: Path) -> Path:
