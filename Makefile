@@ -90,15 +90,12 @@ test-integration: $(if $(INSTALLED),,build-all) ## Test codec and headers, Flash
 	$(if $(INSTALLED),$(INSTALLED),$(BIN)/python) scripts/test_integration.py \
 	  $(if $(INSTALLED),--installed,--dist dist) $(ARGS)
 
-# The built wheels live in an environment of their own: vLLM pins a PyTorch, the developer's has another.
 SERVE_VENV := .venv-serve
+VLLM_VERSION ?= 0.33.0
 PRESET ?= tq4
-serve: ## Serve a model over the OpenAI API from the built wheels: make serve MODEL=... PRESET=tq4 ARGS="--port 8000"
+serve: ## Serve a model over the OpenAI API with released vLLM: make serve MODEL=... PRESET=tq4 ARGS="--port 8000"
 	@test -n "$(MODEL)" || { echo "serve: wanted MODEL=folder or hub name, got none" >&2; exit 2; }
-	@ls dist/vllm-*+turbokv*.whl >/dev/null 2>&1 || \
-	  { echo "serve: wanted the wheels in dist/ (make build-all), got none" >&2; exit 2; }
-	@test -x $(SERVE_VENV)/bin/turbokv || { $(PYTHON) -m venv $(SERVE_VENV) && \
-	  $(SERVE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl; }
+	@$(PYTHON) scripts/serving_environment.py $(SERVE_VENV) --vllm $(VLLM_VERSION)
 	$(SERVE_VENV)/bin/turbokv serve $(MODEL) --preset $(PRESET) $(ARGS)
 
 clean: ## Remove the virtual environment, builds and caches

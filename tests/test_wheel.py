@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from turbokv.integrations.build_identity import DISTRIBUTION
+from turbokv.integrations.vllm import installed
 
 ROOT = Path(__file__).parents[1]
 BUILD = """
@@ -72,3 +74,15 @@ def test_it_brings_the_command(wheel: zipfile.ZipFile) -> None:
     points = configparser.ConfigParser()
     points.read_string(info(wheel, "entry_points.txt"))
     assert dict(points["console_scripts"]) == {"turbokv": "turbokv.cli:main"}
+
+
+def test_it_brings_the_plugin_that_vllm_looks_for(wheel: zipfile.ZipFile) -> None:
+    points = configparser.ConfigParser()
+    points.read_string(info(wheel, "entry_points.txt"))
+    (name, value), *others = points[installed.PLUGIN_GROUP].items()
+    assert (name, others) == (installed.PLUGIN, [])
+    module, _, function = value.partition(":")
+    path = module.replace(".", "/")
+    (source,) = {f"{path}.py", f"{path}/__init__.py"} & set(wheel.namelist())
+    functions = [n for n in ast.parse(wheel.read(source)).body if isinstance(n, ast.FunctionDef)]
+    assert function in [each.name for each in functions]
