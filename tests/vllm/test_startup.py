@@ -92,9 +92,22 @@ def test_a_plain_configuration_passes() -> None:
             {"attention_config__backend": SimpleNamespace(name="FLASH_ATTN")},
             "attention_backend: wanted TURBOKV or none, got FLASH_ATTN",
         ),
-        ({"speculative_config": drafting(8)}, "num_speculative_tokens: wanted at most 7 .*got 8"),
-        ({"speculative_config": drafting(7, method="draft_model")}, "a draft model reads one more"),
-        ({"speculative_config": drafting(4, True)}, "parallel drafting counts twice.*got 4"),
+        (
+            {"speculative_config": drafting(16)},
+            "num_speculative_tokens: wanted at most 15 .*got 16",
+        ),
+        (
+            {"speculative_config": drafting(9, True)},
+            r"num_speculative_tokens: .*\(8 with parallel_drafting\), got 9",
+        ),
+        (
+            {"speculative_config": drafting(3, True, method="dflash")},
+            "speculative_config: method dflash is not supported",
+        ),
+        (
+            {"speculative_config": drafting(3, True, method="dspark")},
+            "speculative_config: method dspark is not supported",
+        ),
         (
             {
                 "speculative_config": drafting(3),
@@ -167,10 +180,32 @@ def test_our_backend_by_name_does_not_bind_layers_in_16_bits() -> None:
     assert found.attention_config.backend is None
 
 
-def test_speculation_within_the_kernel_passes() -> None:
-    hooks.check_and_update_config(config(speculative_config=drafting(7)))
-    assert limits.max_decode_queries(config(speculative_config=drafting(3, True))) == 7
-    assert limits.max_decode_queries(config()) == 1
+@pytest.mark.parametrize(
+    ("speculative", "queries", "added"),
+    [
+        (None, 1, 0),
+        (drafting(15), 16, 0),
+        (drafting(15, method="mtp"), 16, 0),
+        (drafting(15, method="ngram"), 16, 0),
+        (drafting(15, method="draft_model"), 17, 1),
+        (drafting(8, True), 17, 7),
+        (drafting(8, True, method="draft_model"), 17, 8),
+    ],
+)
+def test_speculation_within_the_limits_passes(speculative: Any, queries: int, added: int) -> None:
+    found = config(speculative_config=speculative)
+    hooks.check_and_update_config(found)
+    assert limits.max_decode_queries(found) == queries
+    assert limits.extra_draft_tokens(found) == added
+    found.scheduler_config.max_num_batched_tokens = 1000
+    found.scheduler_config.max_num_seqs = 10
+    assert limits.max_step_tokens(found) == 1000 + 10 * added
+
+
+def test_a_drafter_with_a_16_bit_cache_may_attend_as_it_likes() -> None:
+    speculative = drafting(3, True, method="dflash")
+    speculative.kv_cache_dtype = "auto"
+    hooks.check_and_update_config(config(speculative_config=speculative))
 
 
 def test_the_bytes_of_a_token_follow_the_rank() -> None:

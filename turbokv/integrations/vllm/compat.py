@@ -93,21 +93,11 @@ def own_layer(impl: Any, vllm_config: Any) -> tuple[str, Any]:
     raise RuntimeError("the attention layer of this implementation is not registered with vLLM")
 
 
-def first_draft_metadata(metadata: Any, extra: int) -> Any:
-    """Return vLLM's metadata of a drafter's first pass with its host's lengths put right.
+def makes_drafter() -> bool:
+    """Whether vLLM says that the model it is making now drafts for another."""
+    from vllm.compilation import backends
 
-    vLLM lengthens queries and the device's ``seq_lens`` by ``extra`` tokens and leaves
-    ``seq_lens_cpu_upper_bound`` as it was, which then is none.
-    """
-    bound = metadata.seq_lens_cpu_upper_bound
-    if not extra or bound is None:
-        return metadata
-    return metadata.replace(seq_lens_cpu_upper_bound=bound + extra)
-
-
-def is_draft_layer(name: str) -> bool:
-    """Whether a layer of this name belongs to a draft model, which numbers its layers anew."""
-    return name.startswith("draft_model.")
+    return backends.model_tag in ("draft_model", "eagle_head")
 
 
 def layer_index(name: str) -> int:

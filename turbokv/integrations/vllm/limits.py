@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-# Rows of one request that the decode kernel attends with in one call; longer ones are prefill.
-MAX_DECODE_QUERIES = 8
+# The kernel takes any number, in blocks of up to 16 rows, a row for each query and head of a group,
+# and reads the pages once for each block. More drafts than these have not been measured.
+MAX_DRAFT_TOKENS = 15
+# Queries of one request that decode attends with in one call; longer rows are prefill. A draft
+# model reads the sampled token and the drafts of a step, and one token besides.
+MAX_DECODE_QUERIES = MAX_DRAFT_TOKENS + 2
+# Queries of a row where prefill is cut into rows for decode.
+SLICE_QUERIES = 8
 
 
 def extra_draft_tokens(config: Any) -> int:
@@ -25,6 +31,13 @@ def extra_draft_tokens(config: Any) -> int:
     parallel = getattr(speculative, "parallel_drafting", False)
     read = int(speculative.num_speculative_tokens) if parallel else 1
     return read if speculative.method == "draft_model" else read - 1
+
+
+def max_step_tokens(config: Any) -> int:
+    """Return the most queries of a step: vLLM's bound, and what a drafter's first pass adds."""
+    scheduler = config.scheduler_config
+    extra = extra_draft_tokens(config) * int(scheduler.max_num_seqs)
+    return int(scheduler.max_num_batched_tokens) + extra
 
 
 def max_decode_queries(config: Any) -> int:

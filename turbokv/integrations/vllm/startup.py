@@ -18,10 +18,17 @@ from turbokv.integrations.vllm.dtypes import (
     MIN_HEAD_DIM,
     cache_dtypes,
 )
-from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, max_decode_queries
+from turbokv.integrations.vllm.limits import (
+    MAX_DECODE_QUERIES,
+    MAX_DRAFT_TOKENS,
+    max_decode_queries,
+)
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.window import prefix_hits
+
+# These draft a block of tokens in one pass, and write their keys and values outside of it.
+NON_CAUSAL_DRAFTERS = ("dflash", "dspark")
 
 # --- checks ---------------------------------------------------------------------------------------
 
@@ -53,15 +60,23 @@ def _model(config: Any, options: Options) -> Iterator[str]:
 
 
 def _speculation(config: Any, options: Options) -> Iterator[str]:
+    speculative = config.speculative_config
     queries = max_decode_queries(config)
-    if queries > MAX_DECODE_QUERIES:
+    if queries == 1:
+        return
+    drafts = int(speculative.num_speculative_tokens)
+    if drafts > MAX_DRAFT_TOKENS or queries > MAX_DECODE_QUERIES:
         yield (
-            f"num_speculative_tokens: wanted at most {MAX_DECODE_QUERIES - 1} (the decode kernel"
-            f" takes {MAX_DECODE_QUERIES} tokens of a request at a time; a draft model reads one"
-            " more, and parallel drafting counts twice),"
-            f" got {config.speculative_config.num_speculative_tokens}"
+            f"num_speculative_tokens: wanted at most {MAX_DRAFT_TOKENS}"
+            f" ({MAX_DECODE_QUERIES // 2} with parallel_drafting), got {drafts}"
         )
-    if queries > 1 and options.decode == "decompress":
+    draft_dtype = getattr(speculative, "kv_cache_dtype", None) or config.cache_config.cache_dtype
+    if speculative.method in NON_CAUSAL_DRAFTERS and draft_dtype in CACHE_DTYPES:
+        yield (
+            f"speculative_config: method {speculative.method} is not supported: its drafts attend"
+            " to each other in both directions; take a draft model, EAGLE, MTP or n-grams"
+        )
+    if options.decode == "decompress":
         yield "turbokv.decode='decompress' is not supported with speculative decoding"
 
 

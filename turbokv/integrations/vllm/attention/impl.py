@@ -24,7 +24,8 @@ from turbokv.integrations.vllm.attention.layer import (
     total_copy_bytes,
 )
 from turbokv.integrations.vllm.attention.metadata import TurboKVMetadata
-from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, max_decode_queries
+from turbokv.integrations.vllm.attention.shared_pages import SharedPages
+from turbokv.integrations.vllm.limits import SLICE_QUERIES, max_decode_queries, max_step_tokens
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.prefill.flash_attention import Prefill, Workspace
@@ -85,6 +86,12 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         )
         self.attention_sinks = AttentionSinks()
         self.cache = CacheLayer.create(kv_cache_dtype, head_size, self.num_kv_heads)
+        self.shared_pages: SharedPages | None = None
+        # Names and numbers do not tell a drafter's layers: they start from 0 again (a draft model,
+        # mtp.layers.0) or go on after the target's (EAGLE). But vLLM loads the target first, and
+        # says which model it makes, unless parts of that model have tags of their own.
+        self.is_loaded = False
+        self.is_draft = compat.makes_drafter() or any(impl.is_loaded for impl in self._impls())
         self._is_calibrated = False
         self.device = compat.device()
         self.steps: ModuleType = _steps(self.device)
@@ -100,8 +107,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
                     head_size,
                 )
             fa_version = version or 0
-        scheduler = self.vllm_config.scheduler_config
-        self.max_num_tokens = int(scheduler.max_num_batched_tokens)
+        self.max_num_tokens = max_step_tokens(self.vllm_config)
         capacity = max(
             self.options.workspace_tokens, workspace_floor(self.max_num_tokens, sliding_window)
         )
@@ -124,6 +130,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load kernels and calibration, and allocate 16-bit copies; again after a reload."""
+        self.is_loaded = True
         if self.sinks is not None:
             self.attention_sinks.logits = self.sinks.detach().to(torch.float32).contiguous()
         if self.kv_sharing_target_layer_name is not None:
@@ -136,10 +143,9 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
 
     def _calibrate(self, path: str) -> None:
         """Take codebooks and offsets of this layer; codebooks once, offsets after every load."""
-        name, _ = compat.own_layer(self, self.vllm_config)
-        # a draft model numbers its layers anew, and may have other widths: the file is not for it
-        if compat.is_draft_layer(name):
+        if self.is_draft:  # the file is about the target model's layers
             return
+        name, _ = compat.own_layer(self, self.vllm_config)
         calibration = Calibration.load(path)
         check_calibration(calibration, self.kv_cache_dtype)
         layer = calibration.layer(compat.layer_index(name))
@@ -182,14 +188,14 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         if num_slots > 0:
             self.cache.make_copies(num_slots, self.device)
 
-    def _cache_layers(self) -> list[CacheLayer]:
+    def _impls(self) -> list[TurboKVImpl]:
+        """Return the implementations of this class that the engine has so far."""
         context = self.vllm_config.compilation_config.static_forward_context
         impls = [getattr(layer, "impl", None) for layer in context.values()]
-        return [
-            impl.cache
-            for impl in impls
-            if isinstance(impl, TurboKVImpl) and impl.kv_sharing_target_layer_name is None
-        ]
+        return [impl for impl in impls if isinstance(impl, TurboKVImpl)]
+
+    def _cache_layers(self) -> list[CacheLayer]:
+        return [impl.cache for impl in self._impls() if impl.kv_sharing_target_layer_name is None]
 
     @property
     def _decode_name(self) -> str:
@@ -210,6 +216,18 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         cache: CacheLayer = context[target].impl.cache
         return cache
 
+    def follow(self, layer: Any) -> None:
+        """Read the cache of the layer that vLLM let ``layer`` share it with once both were there.
+
+        Gemma 4's drafter is told so only after its weights were loaded.
+        """
+        target = layer.kv_sharing_target_layer_name
+        if target == self.kv_sharing_target_layer_name:
+            return
+        self.kv_sharing_target_layer_name = target
+        self.prefill.reads_cache_only = True
+        self.cache.copies = None
+
     def reserve(self, device: torch.device) -> None:
         """Make shared memory as large as this layer will ever need it."""
         memory = scratch.current()
@@ -219,8 +237,8 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         rows = max(int(scheduler.max_num_seqs), int(graphs))
         queries = max_decode_queries(self.vllm_config)
         if self.prefills_in_slices:
-            queries = MAX_DECODE_QUERIES
-            rows += -(-self.max_num_tokens // queries)
+            queries = max(queries, SLICE_QUERIES)
+            rows += -(-self.max_num_tokens // SLICE_QUERIES)
         needed = self.steps.decode_workspace_bytes(rows, self.num_heads, self.cache, queries)
         if needed:
             memory.keep(self._decode_name, needed, torch.uint8, device)
@@ -278,6 +296,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         output = output.view(-1, self.num_heads, self.head_size)
         pages, page_size = kv_cache.flatten(2), kv_cache.shape[2]
         md = attn_metadata
+        md.complete()
         if md.num_decode_tokens:
             rows, tokens = md.num_decodes, slice(0, md.num_decode_tokens)
             is_plain = md.max_decode_len == 1 and md.num_decode_tokens == rows
@@ -304,7 +323,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
                 part.block_table,
                 part.seq_lens,
                 part.qo_indptr,
-                MAX_DECODE_QUERIES,
+                SLICE_QUERIES,
                 md,
                 output[part.tokens],
             )

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,9 +19,14 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from turbokv.integrations.vllm import compat
 from turbokv.integrations.vllm.attention import scratch
-from turbokv.integrations.vllm.limits import MAX_DECODE_QUERIES, extra_draft_tokens
+from turbokv.integrations.vllm.attention.shared_pages import shared_pages
+from turbokv.integrations.vllm.limits import (
+    MAX_DECODE_QUERIES,
+    SLICE_QUERIES,
+    extra_draft_tokens,
+    max_step_tokens,
+)
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill.flash_attention import MAX_SINGLE_EXPANSIONS, PrefillGroup
 from turbokv.integrations.vllm.prefill.plan import Group, chunks, plan, slices, workspace_floor
@@ -66,6 +72,8 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
         What the decode kernel does not take.
     sliced
         The same as rows that it does take, for heads that FlashAttention does not.
+    plan_prefill
+        Fills ``prefill`` or ``sliced``; None if they are filled, or nothing is prefilled.
     """
 
     num_decodes: int
@@ -79,13 +87,21 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
     tile_slots: Tensor | None = None
     prefill: tuple[PrefillGroup, ...] = field(default=())
     sliced: SlicedPrefill | None = None
+    plan_prefill: Callable[[TurboKVMetadata], None] | None = None
+
+    def complete(self) -> None:
+        """Plan what was put off until a layer attends: not all metadata is ever used."""
+        if self.plan_prefill is not None:
+            plan_prefill, self.plan_prefill = self.plan_prefill, None
+            plan_prefill(self)
 
 
 class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type: ignore[misc]
     """Builds :class:`TurboKVMetadata`; one for each group of layers that share pages and shape.
 
     Calls of ``build`` neither synchronise nor depend on what layers hold, but for the 16-bit
-    window's map, which is refreshed here, outside graphs.
+    window's map, which is refreshed here, outside graphs. A draft model's layers wait for the
+    device when they prefill, since only it knows their lengths, see :meth:`_lengths`.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
@@ -99,16 +115,17 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.page_size = int(kv_cache_spec.block_size)
         self.sliding_window: int | None = getattr(kv_cache_spec, "sliding_window", None)
-        scheduler = vllm_config.scheduler_config
-        self.max_num_tokens = int(scheduler.max_num_batched_tokens)
+        self.max_num_tokens = max_step_tokens(vllm_config)
         self.capacity = max(
             self.options.workspace_tokens,
             workspace_floor(self.max_num_tokens, self.sliding_window),
         )
         self.extra_draft_tokens = extra_draft_tokens(vllm_config)
-        self._window: RecentWindow | None = None
         self._flashinfer: Any = None
         layers = self._layers()
+        for layer in layers:
+            layer.impl.follow(layer)
+        self.is_draft = all(layer.impl.is_draft for layer in layers)
         self.is_sliced = any(layer.impl.prefills_in_slices for layer in layers)
         self.is_centred = any(layer.impl.cache.k_offset is not None for layer in layers)
         for layer in layers:
@@ -124,6 +141,15 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
     def _layers(self) -> list[Any]:
         context = self.vllm_config.compilation_config.static_forward_context
         return [context[name] for name in self.layer_names]
+
+    def _storing_layers(self) -> list[Any]:
+        """Return the layers whose caches this builder's layers read: mostly themselves."""
+        context = self.vllm_config.compilation_config.static_forward_context
+        names = [
+            layer.impl.kv_sharing_target_layer_name or name
+            for name, layer in zip(self.layer_names, self._layers(), strict=True)
+        ]
+        return [context[name] for name in dict.fromkeys(names)]
 
     # --- a step -------------------------------------------------------------------------------
 
@@ -145,26 +171,15 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         """Build the metadata of a step (vLLM calls this by keyword)."""
         return self._build(common_attn_metadata, refresh=True)
 
-    def build_for_drafting(
-        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
-    ) -> TurboKVMetadata:
-        """Build the metadata of a drafter's pass (vLLM calls this by keyword).
-
-        In its first pass rows are those of the step that was just verified, rejected drafts and
-        all, and longer by what the drafter reads besides. Rows of verification stay decodes: only
-        the device knows how many tokens they really have.
-        """
-        extra = self.extra_draft_tokens if draft_index == 0 else 0
-        cam = compat.first_draft_metadata(common_attn_metadata, extra)
-        return self._build(cam, refresh=True, extra_queries=extra)
-
-    def _build(
-        self, cam: CommonAttentionMetadata, *, refresh: bool, extra_queries: int = 0
-    ) -> TurboKVMetadata:
+    def _build(self, cam: CommonAttentionMetadata, *, refresh: bool) -> TurboKVMetadata:
         if cam.causal is not True:
             raise ValueError(f"causal: wanted True, got {cam.causal!r}")
         assert self.reorder_batch_threshold is not None
-        most = min(self.reorder_batch_threshold + extra_queries, MAX_DECODE_QUERIES)
+        # In a drafter's first pass rows are those of the step that was just verified, rejected
+        # drafts and all, and longer by what it reads besides. Rows of verification stay decodes:
+        # only the device knows how many tokens they really have.
+        extra = self.extra_draft_tokens if self.is_draft else 0
+        most = min(self.reorder_batch_threshold + extra, MAX_DECODE_QUERIES)
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             cam, decode_threshold=most
         )
@@ -183,18 +198,27 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             block_table=cam.block_table_tensor,
             query_start_loc=cam.query_start_loc,
         )
-        if num_prefills and self.is_sliced:
-            metadata.sliced = self._slices(cam, num_decodes)
-        elif num_prefills:
-            metadata.prefill = self._prefill(cam, num_decodes)
+        if num_prefills:
+            metadata.plan_prefill = functools.partial(self._plan_prefill, cam, num_decodes)
+            # a drafter's lengths are the device's, and much of its metadata is never used
+            if not extra:
+                metadata.complete()
         if self.is_centred:
             metadata.positions = self._positions(cam)
         metadata.tile_slots = self._tile_slots(cam, refresh)
         return metadata
 
+    def _plan_prefill(
+        self, cam: CommonAttentionMetadata, num_decodes: int, metadata: TurboKVMetadata
+    ) -> None:
+        if self.is_sliced:
+            metadata.sliced = self._slices(cam, num_decodes)
+        else:
+            metadata.prefill = self._prefill(cam, num_decodes)
+
     def _slices(self, cam: CommonAttentionMetadata, num_decodes: int) -> SlicedPrefill:
         starts, q_lens, seq_lens = self._lengths(cam, num_decodes)
-        rows, queries, lens = slices(q_lens, seq_lens, MAX_DECODE_QUERIES)
+        rows, queries, lens = slices(q_lens, seq_lens, SLICE_QUERIES)
         table = self._upload([*_cumulative(queries), *lens, *rows], torch.int32)
         count = len(rows)
         return SlicedPrefill(
@@ -207,12 +231,17 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
     def _lengths(
         self, cam: CommonAttentionMetadata, num_decodes: int
     ) -> tuple[list[int], list[int], list[int]]:
-        """Return where prefill rows start among the step's queries, their queries and tokens."""
+        """Return where prefill rows start among the step's queries, their queries and tokens.
+
+        Of rows that are prefill vLLM's bound is exact, by its own promise. It does not hold in the
+        first pass of a draft model: rows are longer there by the tokens that the model reads
+        besides, and whether the bound is too depends on the version and the runner. The device has
+        the true lengths, so they are asked for, which waits for the target model's step.
+        """
         starts = cam.query_start_loc_cpu[num_decodes : cam.num_reqs + 1].tolist()
         q_lens = [b - a for a, b in itertools.pairwise(starts)]
-        # the bound is exact for rows that are prefill (vLLM's own promise)
         lens = cam.seq_lens_cpu_upper_bound
-        if lens is None:
+        if lens is None or (self.is_draft and self.extra_draft_tokens):
             lens = cam.seq_lens.cpu()
         return starts, q_lens, lens[num_decodes : cam.num_reqs].tolist()
 
@@ -293,22 +322,24 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         copies = layers[0].impl.copies
         if copies is None:
             return None
-        num_pages = layers[0].kv_cache.shape[0]
-        if self._window is None or self._window.tile_slots.shape[0] != num_pages:
-            self._window = RecentWindow(
-                num_pages,
+        shared = shared_pages(self._storing_layers())
+        if shared.window is None:
+            shared.window = RecentWindow(
+                layers[0].kv_cache.shape[0],
                 self.page_size,
                 copies.shape[0],
                 self.options.window,
                 self.options.sinks,
                 self.device,
             )
-            metrics.watch(self._window)
-        if refresh:
+            metrics.watch(shared.window)
+        # Where target and drafter share the map, it follows the target's steps alone: drafts in a
+        # tile that is not there yet are read compressed, and no tile leaves before its time.
+        if refresh and not (self.is_draft and shared.has_target_layers):
             reqs = cam.num_reqs
             query_lens = cam.query_start_loc[: reqs + 1].diff()
-            self._window.refresh(cam.block_table_tensor[:reqs], cam.seq_lens[:reqs], query_lens)
-        return self._window.tile_slots
+            shared.window.refresh(cam.block_table_tensor[:reqs], cam.seq_lens[:reqs], query_lens)
+        return shared.window.tile_slots
 
 
 def _cumulative(lengths: Sequence[int]) -> list[int]:
