@@ -1,43 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``bench_kernels.py`` times TurboKV against.
 
-FlashAttention-3 and the Triton kernels are those of vLLM 0.26.0; FlashInfer is 0.6.14. Every rival
-is called as its engine calls it in a captured decode step. Where a choice had to be made it favours
-the rival: FA3's float8 queries come quantised, its schedule comes computed, upstream TurboQuant's
-final copy into the output is left out, and buffers are allocated beforehand.
+FlashAttention-3 and the Triton kernels are those of vLLM 0.33.0; FlashInfer is 0.7.2
+(``_bench_flashinfer.py``). Every rival is called as its engine calls it in a captured decode step.
+Where a choice had to be made it favours the rival: FA3's float8 queries come quantised, its
+schedule comes computed, upstream TurboQuant's final copy into the output is left out, and buffers
+are allocated beforehand.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from _bench_work import BF16, Contender, Kind, Launch, Shape, Work, normal, random_bytes
+from _bench_flashinfer import Builds, fa2, nvfp4_token_bytes, xqa
+from _bench_work import FP8, Contender, Kind, Launch, Shape, Work, plain_cache, random_bytes
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
 _CUDA_GRAPH_SPLITS = 32  # vLLM: flash_attn_max_num_splits_for_cuda_graph
 _TQ_SPLITS = 32  # vLLM: tq_max_kv_splits_for_cuda_graph
 _TRITON_SEGMENTS = 16  # vLLM: NUM_PAR_SOFTMAX_SEGMENTS
 _TRITON_MIN_GRID = 128  # vLLM: MIN_LAUNCH_GRID_SIZE_2D
-
-
-def _plain_cache(work: Work, fp8: bool) -> tuple[Tensor, Tensor]:
-    """Return keys and values ``[num_pages, page_size, num_kv_heads, head_dim]``."""
-    pool, shape = work.pool, work.shape
-    extents = (pool.num_pages, pool.page_size, shape.num_kv_heads, shape.head_dim)
-    dtype = FP8 if fp8 else BF16
-
-    def make() -> tuple[Tensor, Tensor]:
-        return normal(extents, dtype, pool.device), normal(extents, dtype, pool.device)
-
-    cache: tuple[Tensor, Tensor] = pool.get("fp8" if fp8 else "bf16", make)
-    return cache
 
 
 # --- decode ---------------------------------------------------------------------------------------
@@ -47,7 +33,7 @@ def _fa3(fp8: bool, num_splits: int) -> Callable[[Work, int], list[Launch]]:
     def build(work: Work, sets: int) -> list[Launch]:
         from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-        k, v = _plain_cache(work, fp8)
+        k, v = plain_cache(work, fp8)
         shape, device, lengths, q = work.shape, k.device, work.lengths(), work.query()
         starts = torch.arange(work.batch + 1, dtype=torch.int32, device=device)
         out = torch.empty_like(q)
@@ -75,67 +61,6 @@ def _fa3(fp8: bool, num_splits: int) -> Callable[[Work, int], list[Launch]]:
             return flash_attn_varlen_func(q, k, v, block_table=table, **same)
 
         return [partial(launch, t) for t in work.tables(sets)]
-
-    return build
-
-
-def start_flashinfer_builds(head_dims: Iterable[int]) -> dict[int, Future[None]]:
-    """Compile FlashInfer's modules in the background, all of a head size at once."""
-    builds: dict[int, Future[None]] = {dim: Future() for dim in head_dims}
-    try:
-        from flashinfer.jit.attention import gen_batch_prefill_module
-        from flashinfer.jit.core import build_jit_specs
-    except Exception as error:
-        for future in builds.values():
-            future.set_exception(error)
-        return builds
-
-    def compile_all() -> None:
-        for dim, future in builds.items():
-            try:
-                # as the wrapper's plan() asks for them
-                tail = (BF16, torch.int32, dim, dim, 0, False, False, False)
-                specs = [gen_batch_prefill_module("fa2", BF16, kv, *tail) for kv in (BF16, FP8)]
-                build_jit_specs(specs)
-                future.set_result(None)
-            except Exception as error:
-                future.set_exception(error)
-
-    threading.Thread(target=compile_all, daemon=True).start()
-    return builds
-
-
-def _flashinfer(fp8: bool, builds: dict[int, Future[None]]) -> Callable[[Work, int], list[Launch]]:
-    def build(work: Work, sets: int) -> list[Launch]:
-        import flashinfer
-
-        shape, size = work.shape, work.pool.page_size
-        builds[shape.head_dim].result()
-        k, v = _plain_cache(work, fp8)
-        q, tables = work.query(), work.tables(sets)
-        out = torch.empty_like(q)
-        indptr = torch.arange(work.batch + 1, dtype=torch.int32) * (work.context // size)
-        last = torch.full((work.batch,), size, dtype=torch.int32)
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(256 << 20, dtype=torch.uint8, device=k.device),
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=True,
-            paged_kv_indptr_buffer=indptr.to(k.device),
-            paged_kv_indices_buffer=tables[0].flatten().clone(),
-            paged_kv_last_page_len_buffer=last.to(k.device),
-            backend="fa2",
-        )
-        heads = (shape.num_qo_heads, shape.num_kv_heads, shape.head_dim)
-        dtypes = {"q_data_type": BF16, "kv_data_type": k.dtype}
-        wrapper.plan(indptr, tables[0].flatten(), last, *heads, size, **dtypes)
-
-        def launch(indices: Tensor) -> object:
-            # the plan depends on lengths alone, so one serves every set of pages
-            wrapper._paged_kv_indices_buf = indices
-            return wrapper.run(q, (k, v), out=out)
-
-        return [partial(launch, t.flatten()) for t in tables]
 
     return build
 
@@ -258,7 +183,7 @@ def _plain_store(fp8: bool) -> Callable[[Work, int], list[Launch]]:
     def build(work: Work, sets: int) -> list[Launch]:
         from vllm import _custom_ops as ops
 
-        k_cache, v_cache = _plain_cache(work, fp8)
+        k_cache, v_cache = plain_cache(work, fp8)
         if fp8:
             k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
         one = torch.ones(1, device=k_cache.device)
@@ -302,7 +227,7 @@ def _copy(work: Work, sets: int) -> list[Launch]:
     return [partial(target[i].copy_, source[i]) for i in range(sets)]
 
 
-def rivals(kind: Kind, builds: dict[int, Future[None]]) -> list[Contender]:
+def rivals(kind: Kind, builds: Builds) -> list[Contender]:
     """Return what TurboKV is compared with."""
 
     def plain(size: int) -> Callable[[Shape], int]:
@@ -318,7 +243,9 @@ def rivals(kind: Kind, builds: dict[int, Future[None]]) -> list[Contender]:
         ("int4_per_token_head (vLLM)", "int4", padded(8), _int4_decode, _int4_store),
     ]
     found = []
-    for fp8, family in ((False, "bf16"), (True, "fp8")):
+    families: tuple[Literal["bf16", "fp8"], ...] = ("bf16", "fp8")
+    for family in families:
+        fp8 = family == "fp8"
         size = plain(1 if fp8 else 2)
 
         def add(name: str, build: Any, family: Any = family, size: Any = size) -> None:
@@ -329,7 +256,12 @@ def rivals(kind: Kind, builds: dict[int, Future[None]]) -> list[Contender]:
             continue
         add("FA3 32 splits", _fa3(fp8, _CUDA_GRAPH_SPLITS))
         add("FA3 heuristic", _fa3(fp8, 0))
-        add("FlashInfer", _flashinfer(fp8, builds))
-    for name, cache, size, decode, store in triton:
-        found.append(Contender(name, "other", cache, size, decode if kind == "decode" else store))
+        add("XQA (FlashInfer)", xqa(family, builds))
+        add("FA2 (FlashInfer)", fa2(family, builds))
+    if kind == "decode":
+        name = "FA2 NVFP4 (FlashInfer)"
+        found.append(Contender(name, "other", "nvfp4", nvfp4_token_bytes, fa2("nvfp4", builds)))
+    for name, cache, token_bytes, decode, store in triton:
+        build = decode if kind == "decode" else store
+        found.append(Contender(name, "other", cache, token_bytes, build))
     return found

@@ -28,7 +28,7 @@ except ImportError:  # a machine without a GPU: only --help works there
 Kind = Literal["decode", "store", "decompress"]
 Launch = Callable[[], object]
 
-BF16 = torch.bfloat16
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 _CHUNK = 1 << 27  # elements that are drawn at a time
 _ROTATION = 5  # what sets of pages sum to before they come again, in sizes of L2
 _GRAPH_BYTES = 1 << 30  # a graph moves this much, in MIN_LAUNCHES to MAX_LAUNCHES launches
@@ -189,6 +189,19 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def random_bytes(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return uniform bytes."""
     return torch.empty(shape, dtype=torch.uint8, device=device).random_(0, 256)
+
+
+def plain_cache(work: Work, fp8: bool) -> tuple[Tensor, Tensor]:
+    """Return keys and values ``[num_pages, page_size, num_kv_heads, head_dim]``."""
+    pool, shape = work.pool, work.shape
+    extents = (pool.num_pages, pool.page_size, shape.num_kv_heads, shape.head_dim)
+    dtype = FP8 if fp8 else BF16
+
+    def make() -> tuple[Tensor, Tensor]:
+        return normal(extents, dtype, pool.device), normal(extents, dtype, pool.device)
+
+    cache: tuple[Tensor, Tensor] = pool.get("fp8" if fp8 else "bf16", make)
+    return cache
 
 
 # --- timing ---------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 """Time decode, store and decompress on a Hopper GPU against vLLM's and FlashInfer's kernels.
 
 Decode attends one query per request to a paged cache, rotations of query and output included. It
-is compared with FlashAttention-3 (vLLM) and FlashInfer on 16-bit and float8 caches, and with
-vLLM's own compressed caches; store with vLLM's, decompress with a copy of what it writes. All run
-in one process, as CUDA graphs on a cold L2, in turns (``_bench_work.py``); what cannot run is
-shown with its error. GB/s counts what a launch has to move: the cache it reads or writes, and the
-16-bit vectors that it stores or decompresses.
+is compared with FlashAttention-3 (vLLM), XQA and FA2 (FlashInfer) on 16-bit and float8 caches, with
+FA2 on NVFP4 and with vLLM's own compressed caches; store with vLLM's, decompress with a copy of
+what it writes. The fastest bf16 and the fastest fp8 of a cell are its yardsticks. All run in one
+process, as CUDA graphs on a cold L2, in turns (``_bench_work.py``); what cannot run is shown with
+its error. GB/s counts what a launch has to move: the cache it reads or writes, and the 16-bit
+vectors that it stores or decompresses.
 
-Needs the built CUDA kernels; the rivals need vLLM 0.26.0 and FlashInfer 0.6.14.
+Needs the built CUDA kernels; the rivals need vLLM 0.33.0 and FlashInfer 0.7.2.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _bench_rivals import rivals, start_flashinfer_builds
+from _bench_flashinfer import Builds, start_builds
+from _bench_rivals import rivals
 from _bench_turbokv import TurboKV
 from _bench_work import (
     Contender,
@@ -53,9 +54,7 @@ SHAPES = "32/8x128,24/4x256,16/2x64,64/8x128"
 _MEMORY_SHARE = 0.85
 
 
-def contenders_of(
-    kind: Kind, args: argparse.Namespace, builds: dict[int, Future[None]]
-) -> list[Contender]:
+def contenders_of(kind: Kind, args: argparse.Namespace, builds: Builds) -> list[Contender]:
     """Return what takes part, TurboKV last."""
     found = rivals(kind, builds)
     for preset in args.presets.split(","):
@@ -111,11 +110,10 @@ class Bench:
         self.cells = [parse_cell(text) for text in args.cells.split(",")]
         check_contexts(self.cells, args.page_size)
         self.tokens = [parse_size(text) for text in args.tokens.split(",")]
-        dims = dict.fromkeys(shape.head_dim for shape in self.shapes)
         # the names, without building anything
         takes_part = {k: contenders_of(k, args, {}) for k in self.kinds}
         wanted = any("FlashInfer" in c.name for c in takes_part.get("decode", []))
-        builds = start_flashinfer_builds(dims) if wanted else {}
+        builds = start_builds(self.shapes, args.page_size) if wanted else {}
         self.contenders = {k: contenders_of(k, args, builds) for k in self.kinds}
         self.timer = Timer(self.device)
         self.result: dict[str, Any] = {
@@ -234,23 +232,43 @@ class Bench:
             self.args.json.write_text(json.dumps(self.result, indent=1) + "\n")
 
     def summary(self) -> None:
-        """Print how many times faster TurboKV is than the best bf16 and the best fp8."""
+        """Print the yardsticks, how many times faster TurboKV is, and which rivals cannot run."""
         ours = [r for r in self.result["rows"] if r["family"] == "turbokv"]
         for kind in self.kinds:
             rows = [r for r in ours if r["kind"] == kind]
             names = list(dict.fromkeys(r["contender"] for r in rows))
             title = f"{kind}: times as fast as the best bf16 / the best fp8"
-            table = Table("cell", *names, title=title, title_justify="left")
-            for place in dict.fromkeys((r["shape"], r["cell"]) for r in rows):
-                here = {r["contender"]: r for r in rows if (r["shape"], r["cell"]) == place}
+            table = Table("cell", "best bf16", "best fp8", *names, title=title)
+            table.title_justify = "left"
+            for shape, cell in dict.fromkeys((r["shape"], r["cell"]) for r in rows):
+                here = {r["contender"]: r for r in rows if (r["shape"], r["cell"]) == (shape, cell)}
                 marks = [
                     [f"{here[n][f'vs_{k}']:.2f}" if f"vs_{k}" in here[n] else "-" for n in names]
                     for k in ("bf16", "fp8")
                 ]
-                table.add_row(" ".join(place), *(f"{a} / {b}" for a, b in zip(*marks, strict=True)))
+                best = [self._best((kind, shape, cell), family) for family in ("bf16", "fp8")]
+                cells = (f"{a} / {b}" for a, b in zip(*marks, strict=True))
+                table.add_row(f"{shape} {cell}", *best, *cells)
             if names:
                 self.console.print(table)
+        failed: dict[str, str] = {}
+        for row in self.result["rows"]:
+            if "error" in row:
+                text = row["error"].strip().splitlines()[0][:160]
+                place = f"{row['kind']} {row['shape']} {row['cell']}"
+                failed.setdefault(row["contender"], f"{text} (first: {place})")
+        for name, text in failed.items():
+            self.console.print(f"not measured: {name}: {text}", highlight=False, markup=False)
         sys.stdout.flush()
+
+    def _best(self, place: tuple[str, str, str], family: str) -> str:
+        """Return the fastest of a family at (kind, shape, cell), and its time."""
+        here = [r for r in self.result["rows"] if (r["kind"], r["shape"], r["cell"]) == place]
+        rows = [r for r in here if r["family"] == family and "us" in r]
+        if not rows:
+            return "-"
+        best = min(rows, key=lambda r: float(r["us"]))
+        return f"{best['contender'].removesuffix(' ' + family)} {best['us']:.1f}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
