@@ -171,6 +171,49 @@ def write_token(
         tile[first : first + 2] = scale
 
 
+def page_codes(bits: int) -> Array:
+    """Return the page code of every code, section 6: its base, and its high bit above that."""
+    codes = np.arange(1 << bits)
+    if bits == 4:
+        return codes // 2 + codes % 2 * 8
+    if bits == 5:
+        return np.where(codes >= 16, codes, 15 - codes)
+    return codes
+
+
+def bit_places(dim: int, role: str, bits: int) -> Array:
+    """Return where each bit of the page codes of a tile lies: int64 ``[16, dim, bits]``.
+
+    Bits are counted from the start of the role's parts: bit ``n`` is bit ``n % 8`` of byte
+    ``n // 8``.
+    """
+    width = BASE_BITS[bits]
+    token, j = np.arange(16)[:, None], np.arange(dim)[None, :]
+    places = np.empty((16, dim, bits), np.int64)
+
+    def byte_place(byte: Array, size: int, run: int) -> Array:
+        if role == "k":
+            swapped = (size >= 128) & (token % 2 == 1)
+            return token * size + np.where(swapped, byte ^ 64, byte)
+        order = token // 8 + token % 2 * 2 if bits == 2 else token // 8 * 2 + token % 2
+        group = byte // run * (16 * run) + token // 2 % 4 * (4 * run)
+        return group + byte % run * 4 + order
+
+    size = dim * width // 8
+    run = min(4, size // 8)
+    base = byte_place(j * width // 8, size, run) * 8 + j * width % 8
+    for bit in range(width):
+        places[..., bit] = base + bit
+    if bits > width:
+        byte, place = j // 8, j % 8
+        if bits == 3:
+            place = j // 2 % 2 * 4 + j // 4 % 2 * 2 + j % 2
+        elif role == "k":
+            byte, place = j // 16 * 2 + j % 2, j // 4 % 4 * 2 + j // 2 % 2
+        places[..., width] = (16 * size + byte_place(byte, dim // 8, run // width)) * 8 + place
+    return places
+
+
 def read(codes: Array, scale: Array, book: Book) -> Array:
     """Rotated vectors ``[n, P]`` in float64 (the mark of a scale ignored)."""
     m = np.array(book.magnitudes, np.float64)
