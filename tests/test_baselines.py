@@ -18,7 +18,7 @@ HEAD_DIMS = (64, 128)
 def gaussian(head_dim: int, count: int = 20_000) -> Tensor:
     """Return standard normal vectors ``[count, head_dim]``, always the same."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, head_dim, generator=generator)
+    return torch.randn(count, head_dim, generator=generator, dtype=torch.float32)
 
 
 def mse(x: Tensor, read_back: Tensor) -> float:
@@ -30,7 +30,7 @@ def hadamard_matrix(dim: int) -> Tensor:
     """Return the orthonormal Sylvester matrix, from the parity of common bits."""
     index = range(dim)
     rows = [[(-1.0) ** (i & j).bit_count() for j in index] for i in index]
-    return torch.tensor(rows) / math.sqrt(dim)
+    return torch.tensor(rows, dtype=torch.float32) / math.sqrt(dim)
 
 
 def min_max_mse(x: Tensor, bits: int) -> float:
@@ -92,7 +92,10 @@ def test_fp8_error_is_that_of_three_mantissa_bits() -> None:
 
 def test_fp8_saturates_and_rounds_to_even() -> None:
     """Ties, overflow, infinity and subnormal numbers, by hand."""
-    x = torch.tensor([448.0, 465.0, 1e6, -1e6, math.inf, 17.0, 19.0, 2.0**-10, 1.5 * 2.0**-9])
+    x = torch.tensor(
+        [448.0, 465.0, 1e6, -1e6, math.inf, 17.0, 19.0, 2.0**-10, 1.5 * 2.0**-9],
+        dtype=torch.float32,
+    )
     expected = [448.0, 448.0, 448.0, -448.0, 448.0, 16.0, 20.0, 0.0, 2.0**-8]
     assert baselines.fp8_e4m3(x).tolist() == expected
 
@@ -104,7 +107,7 @@ def test_centroids_equal_the_originals(head_dim: int) -> None:
     four = [0.1284277, 0.3881378, 0.6568799, 0.9424483, 1.2562575, 1.6178818, 2.0684471, 2.7309222]
     for bits, upper in ((3, three), (4, four)):
         got = baselines.turboquant_centroids(head_dim, bits) * math.sqrt(head_dim)
-        wanted = torch.tensor([-value for value in reversed(upper)] + upper)
+        wanted = torch.tensor([-value for value in reversed(upper)] + upper, dtype=torch.float32)
         torch.testing.assert_close(got, wanted, rtol=0, atol=2e-7)
 
 
@@ -128,12 +131,15 @@ def test_turboquant_key_levels_are_in_hadamard_space_with_fp16_norm(bits: int) -
 
 def test_turboquant_value_by_hand() -> None:
     """Steps of 1 and of 0.2; scale and minimum are read back in fp16."""
-    x = torch.tensor([[0.0, 1.0, 7.4, 15.0], [-1.0, 0.5, 0.25, 2.0]])
+    x = torch.tensor([[0.0, 1.0, 7.4, 15.0], [-1.0, 0.5, 0.25, 2.0]], dtype=torch.float32)
     got = baselines.turboquant_value(x, 4)
-    step = torch.tensor(0.2).half().item()
+    step = torch.tensor(0.2, dtype=torch.float32).half().item()
     by_hand = [[0.0, 1.0, 7.0, 15.0], [-1.0, 8 * step - 1, 6 * step - 1, 15 * step - 1]]
-    torch.testing.assert_close(got, torch.tensor(by_hand))
-    assert baselines.turboquant_value(torch.full((4,), 0.1), 3)[0] == torch.tensor(0.1).half()
+    torch.testing.assert_close(got, torch.tensor(by_hand, dtype=torch.float32))
+    assert (
+        baselines.turboquant_value(torch.full((4,), 0.1, dtype=torch.float32), 3)[0]
+        == torch.tensor(0.1, dtype=torch.float32).half()
+    )
 
 
 def test_int4_levels_are_integer_codes_around_an_integer_zero_point() -> None:
@@ -157,7 +163,7 @@ def test_int4_levels_are_integer_codes_around_an_integer_zero_point() -> None:
 
 def test_int4_loses_vectors_whose_rotation_has_one_sign_as_the_original_does() -> None:
     """Coordinate 0 alone rotates to a constant: the range is zero and the zero point clamped."""
-    x = torch.zeros(2, 64)
+    x = torch.zeros(2, 64, dtype=torch.float32)
     x[0, 0], x[1, 0] = 3.0, -3.0
     assert baselines.int4_per_token_head(x).abs().max() < 1e-4
 
@@ -184,14 +190,14 @@ def test_read_back_is_finite_fp32_of_the_same_shape(name: str) -> None:
             assert got.shape == x.shape
             assert got.isfinite().all()
         assert torch.equal(cases, before)
-        assert quantize(torch.zeros(64)).abs().max() == 0
+        assert quantize(torch.zeros(64, dtype=torch.float32)).abs().max() == 0
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("constant", [1.0, -2.5])
 def test_constant_vectors_keep_their_length(name: str, constant: float) -> None:
     """A rotated constant takes few values, so rounding errors add up: 10%, not 1%."""
-    x = torch.full((3, 128), constant)
+    x = torch.full((3, 128), constant, dtype=torch.float32)
     for quantize in (BASELINES[name].quantize_k, BASELINES[name].quantize_v):
         assert quantize(x).norm() == pytest.approx(x.norm().item(), rel=0.1)
 
@@ -234,8 +240,8 @@ def test_every_format_is_pinned() -> None:
 def test_bad_input_names_what_was_wanted() -> None:
     """Rotating formats need a power of two, all need floating numbers."""
     with pytest.raises(ValueError, match="power of two"):
-        baselines.int4_per_token_head(torch.zeros(2, 96))
+        baselines.int4_per_token_head(torch.zeros(2, 96, dtype=torch.float32))
     with pytest.raises(ValueError, match="power of two"):
-        baselines.turboquant_key(torch.zeros(2, 96), 4)
+        baselines.turboquant_key(torch.zeros(2, 96, dtype=torch.float32), 4)
     with pytest.raises(TypeError, match="floating"):
         baselines.fp8_e4m3(torch.zeros(2, 64, dtype=torch.int32))

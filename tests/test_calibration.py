@@ -33,12 +33,12 @@ def fingerprint(shift: float = 0.0, arch: str = "a" * 64) -> Fingerprint:
 
 
 def example() -> Calibration:
-    mu = torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    mu = torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     full = LayerCalibration(
         offsets=KeyOffsets(mu, Rotary(rotary_frequencies(DIM), interleaved=True)),
-        k_scale=torch.rand(HEADS, DIM) + 0.5,
-        v_scale=torch.rand(HEADS, DIM) + 0.5,
-        v_shift=torch.randn(HEADS, DIM),
+        k_scale=torch.rand(HEADS, DIM, dtype=torch.float32) + 0.5,
+        v_scale=torch.rand(HEADS, DIM, dtype=torch.float32) + 0.5,
+        v_shift=torch.randn(HEADS, DIM, dtype=torch.float32),
         k_codebook=Codebook(3, (9, 30, 54, 90), 0.025, 5),
         k_spread=torch.rand(HEADS) + 1,
     )
@@ -65,7 +65,9 @@ def test_saved_file_comes_back_whole(tmp_path: pathlib.Path) -> None:
 def test_same_weights_in_another_dtype_are_the_same_model(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "c.safetensors"
     example().save(path)
-    rounded = tuple(torch.tensor(fingerprint().sketch).bfloat16().float().tolist())
+    rounded = tuple(
+        torch.tensor(fingerprint().sketch, dtype=torch.float32).bfloat16().float().tolist()
+    )
     Calibration.load(path, fingerprint=Fingerprint("a" * 64, rounded))
 
 
@@ -102,7 +104,10 @@ def rewrite(path: pathlib.Path, change: object) -> None:
         "layers": {"0": {"interleaved": False}},
     }
     header.update(change)  # type: ignore[call-overload]
-    tensors = {"0.mu": torch.zeros(2, 4), "0.inv_freq": torch.zeros(2, dtype=torch.float64)}
+    tensors = {
+        "0.mu": torch.zeros(2, 4, dtype=torch.float32),
+        "0.inv_freq": torch.zeros(2, dtype=torch.float64),
+    }
     save_file(tensors, path, metadata={FORMAT: json.dumps(header)})
 
 
@@ -127,7 +132,7 @@ def test_damaged_headers_are_refused(
 
 def test_foreign_and_missing_files_are_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.zeros(2)}, path)
+    save_file({"weight": torch.zeros(2, dtype=torch.float32)}, path)
     with pytest.raises(CalibrationError, match="wanted a turbokv-calibration file"):
         Calibration.load(path)
     with pytest.raises(FileNotFoundError, match="calibration: wanted a file, got"):
@@ -205,9 +210,12 @@ def test_keep_drops_the_other_parts() -> None:
 
 def test_static_means_and_scales_do_not_compound() -> None:
     generator = torch.Generator().manual_seed(0)
-    spread = torch.rand(HEADS, DIM, generator=generator) * 5 + 0.1
+    spread = torch.rand(HEADS, DIM, generator=generator, dtype=torch.float32) * 5 + 0.1
     calibrator = StaticCalibrator()
-    pieces = [torch.randn(HEADS, 500, DIM, generator=generator) * spread[:, None] for _ in range(4)]
+    pieces = [
+        torch.randn(HEADS, 500, DIM, generator=generator, dtype=torch.float32) * spread[:, None]
+        for _ in range(4)
+    ]
     for piece in pieces:
         calibrator.update(3, k=piece, k_pre=piece + 2, v=piece + 7, q=torch.ones_like(piece))
     whole = torch.cat(pieces, 1)
@@ -222,9 +230,9 @@ def test_static_means_and_scales_do_not_compound() -> None:
 
 def test_channel_scales_lower_the_score_error() -> None:
     generator = torch.Generator().manual_seed(2)
-    spread = torch.rand(1, DIM, generator=generator).pow(4) * 10 + 0.05
-    k = torch.randn(1, 2000, DIM, generator=generator) * spread
-    q = torch.randn(1, 2000, DIM, generator=generator) / spread
+    spread = torch.rand(1, DIM, generator=generator, dtype=torch.float32).pow(4) * 10 + 0.05
+    k = torch.randn(1, 2000, DIM, generator=generator, dtype=torch.float32) * spread
+    q = torch.randn(1, 2000, DIM, generator=generator, dtype=torch.float32) / spread
     calibrator = StaticCalibrator()
     calibrator.update(0, k=k, q=q)
     scale = calibrator.k_scale(0)
@@ -240,9 +248,9 @@ def test_static_calibrator_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match="layer: wanted collected v of layer 2, got none"):
         calibrator.v_shift(2)
     with pytest.raises(ValueError, match="tensors: wanted k, k_pre, v or q, got keys"):
-        calibrator.update(0, keys=torch.zeros(1, 1, 4))
+        calibrator.update(0, keys=torch.zeros(1, 1, 4, dtype=torch.float32))
     with pytest.raises(ValueError, match=r"k: wanted shape \[heads, tokens, head_dim\], got \[4\]"):
-        calibrator.update(0, k=torch.zeros(4))
+        calibrator.update(0, k=torch.zeros(4, dtype=torch.float32))
 
 
 # --- fitted codebooks -----------------------------------------------------------------------------
@@ -254,7 +262,7 @@ def test_fitted_codebook_of_gaussians_is_the_gaussian_one(bits: int) -> None:
     calibrator = OnlineCalibrator(codec)
     generator = torch.Generator().manual_seed(0)
     # long vectors are close to Gaussian per coordinate only for large head_dim, so compare errors
-    x = torch.randn(20_000, DIM, generator=generator)
+    x = torch.randn(20_000, DIM, generator=generator, dtype=torch.float32)
     calibrator.collect(0, x, x)
     fitted = TurboKVCodec(DIM, bits, k_codebook=calibrator.codebook(0, "k"))
     errors = []
@@ -267,7 +275,7 @@ def test_fitted_codebook_of_gaussians_is_the_gaussian_one(bits: int) -> None:
 def test_fitted_codebook_adapts_to_heavy_tails() -> None:
     codec = TurboKVCodec(DIM, 3, v_scale_rule="least_squares")
     generator = torch.Generator().manual_seed(0)
-    heavy = torch.randn(20_000, DIM, generator=generator).pow(3)
+    heavy = torch.randn(20_000, DIM, generator=generator, dtype=torch.float32).pow(3)
     # values are given so that their rotation is heavy-tailed
     x = codec.unrotate_output(heavy)
     calibrator = OnlineCalibrator(codec)
@@ -281,7 +289,9 @@ def test_fitted_codebook_adapts_to_heavy_tails() -> None:
 
 def test_codebooks_need_enough_data_and_a_lattice_width() -> None:
     calibrator = OnlineCalibrator(TurboKVCodec(DIM, 4))
-    calibrator.collect(0, torch.randn(10, DIM), torch.randn(10, DIM))
+    calibrator.collect(
+        0, torch.randn(10, DIM, dtype=torch.float32), torch.randn(10, DIM, dtype=torch.float32)
+    )
     with pytest.raises(ValueError, match=r"wanted at least 10000 k coordinates .* got 640"):
         calibrator.codebook(0, "k")
     with pytest.raises(ValueError, match="bits: wanted one of"):

@@ -22,7 +22,7 @@ def test_segment_mean_is_the_mean_over_its_positions(
     interleaved: bool, rotary_dim: int, segment: int
 ) -> None:
     rotary = Rotary(rotary_frequencies(64, rotary_dim=rotary_dim), interleaved)
-    mu = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    mu = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     got = rotary.segment_means(mu, segment, segment + 1)[0]
     torch.testing.assert_close(got.double(), direct_mean(rotary, mu, segment), rtol=0, atol=1e-6)
 
@@ -40,7 +40,10 @@ def test_pair_orders_match_the_published_formulas() -> None:
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
     p = torch.tensor([7])
     a = (7 * inv_freq).tolist()
-    cos, sin = [torch.tensor(v).cos().item() for v in a], [torch.tensor(v).sin().item() for v in a]
+    cos, sin = (
+        [torch.tensor(v, dtype=torch.float32).cos().item() for v in a],
+        [torch.tensor(v, dtype=torch.float32).sin().item() for v in a],
+    )
     half = [1 * cos[0] - 3 * sin[0], 2 * cos[1] - 4 * sin[1], 1 * sin[0] + 3 * cos[0]]
     pairs = [1 * cos[0] - 2 * sin[0], 1 * sin[0] + 2 * cos[0], 3 * cos[1] - 4 * sin[1]]
     assert Rotary(inv_freq).rotate(x, p)[0, :3].tolist() == pytest.approx(half, abs=1e-6)
@@ -48,7 +51,7 @@ def test_pair_orders_match_the_published_formulas() -> None:
 
 
 def test_offsets_change_at_segment_borders_and_in_any_order_of_calls() -> None:
-    mu = torch.randn(2, 64)
+    mu = torch.randn(2, 64, dtype=torch.float32)
     offsets = KeyOffsets(mu, Rotary(rotary_frequencies(64)))
     late = offsets.at(1000, 600)
     early = offsets.at(0, 600)
@@ -60,9 +63,9 @@ def test_offsets_change_at_segment_borders_and_in_any_order_of_calls() -> None:
 
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"mu: wanted shape \[heads, head_dim\], got \[64\]"):
-        KeyOffsets(torch.zeros(64), Rotary(rotary_frequencies(64)))
+        KeyOffsets(torch.zeros(64, dtype=torch.float32), Rotary(rotary_frequencies(64)))
     with pytest.raises(ValueError, match="rotary: wanted at most 32 rotary coordinates, got 64"):
-        KeyOffsets(torch.zeros(2, 32), Rotary(rotary_frequencies(64)))
+        KeyOffsets(torch.zeros(2, 32, dtype=torch.float32), Rotary(rotary_frequencies(64)))
     with pytest.raises(ValueError, match="rotary_dim: wanted an even number up to 64, got 66"):
         rotary_frequencies(64, rotary_dim=66)
 

@@ -19,7 +19,7 @@ bounded = settings(max_examples=25, deadline=None)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def error(x: Tensor, read: Tensor) -> float:
@@ -294,7 +294,7 @@ def test_k_v_and_seeds_rotate_differently() -> None:
 def test_zero_vectors_are_exact(bits: int, norm_dtype: torch.dtype) -> None:
     codec = TurboKVCodec(96, bits, norm_dtype=norm_dtype)
     x = normal(5, 96)
-    x[1::2] = torch.tensor([[0.0], [-0.0]])
+    x[1::2] = torch.tensor([[0.0], [-0.0]], dtype=torch.float32)
     for role in ("k", "v"):
         packed, norms = getattr(codec, f"compress_{role}")(x)
         assert (norms[1::2] == 0).all() and (norms[::2] > 0).all()
@@ -312,7 +312,10 @@ def test_zero_vectors_are_exact(bits: int, norm_dtype: torch.dtype) -> None:
 def test_huge_norms_saturate(bits: int, role: str) -> None:
     """Direction and sign survive; the scale stops at the largest finite number."""
     codec = TurboKVCodec(64, bits)
-    x = normal(6, 64) * torch.tensor([1e4, 1e5, 1e7, 1e12, 1e14, 1e25])[:, None]
+    x = (
+        normal(6, 64)
+        * torch.tensor([1e4, 1e5, 1e7, 1e12, 1e14, 1e25], dtype=torch.float32)[:, None]
+    )
     packed, norms = getattr(codec, f"compress_{role}")(x)
     assert norms.isfinite().all()
     assert (norms[2:] == torch.finfo(torch.float16).max).all()
@@ -382,7 +385,7 @@ def test_any_finite_or_infinite_vector_reads_as_finite(
     values: list[float], widths: tuple[int, int]
 ) -> None:
     codec = TurboKVCodec(8, *widths)
-    x = torch.tensor(values)
+    x = torch.tensor(values, dtype=torch.float32)
     for role in ("k", "v"):
         packed, norms = getattr(codec, f"compress_{role}")(x)
         assert norms.isfinite()
@@ -415,11 +418,11 @@ def test_vectors_shorter_without_the_offset_are_marked(norm_dtype: torch.dtype) 
 
 def test_equal_lengths_are_centred() -> None:
     codec = TurboKVCodec(8, 4)
-    x = torch.zeros(8)
+    x = torch.zeros(8, dtype=torch.float32)
     x[2] = 1.0
     _, norms = codec.compress_k(x, offset=2 * x)
     assert not torch.signbit(norms)
-    _, norms = codec.compress_k(x, offset=torch.zeros(8))
+    _, norms = codec.compress_k(x, offset=torch.zeros(8, dtype=torch.float32))
     assert not torch.signbit(norms)
 
 

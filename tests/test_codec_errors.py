@@ -13,7 +13,7 @@ import torch
 from turbokv import Codebook, TurboKVCodec
 
 PACKED, NORMS = torch.zeros(3, 64, dtype=torch.uint8), torch.zeros(3, dtype=torch.float16)
-X = torch.zeros(3, 128)
+X = torch.zeros(3, 128, dtype=torch.float32)
 
 BAD: list[tuple[Callable[[TurboKVCodec], Any], type[Exception], str]] = [
     (lambda c: c.compress_k([1.0]), TypeError, "k: wanted a torch.Tensor, got list"),
@@ -72,7 +72,7 @@ BAD: list[tuple[Callable[[TurboKVCodec], Any], type[Exception], str]] = [
         "offset: wanted shape [..., 128], got [3, 64]",
     ),
     (
-        lambda c: c.compress_k(X, offset=torch.zeros(2, 128)),
+        lambda c: c.compress_k(X, offset=torch.zeros(2, 128, dtype=torch.float32)),
         ValueError,
         "offset: wanted a shape that broadcasts to [3, 128], got [2, 128]",
     ),
@@ -123,17 +123,17 @@ BAD: list[tuple[Callable[[TurboKVCodec], Any], type[Exception], str]] = [
         "dtype: wanted float32, float16 or bfloat16, got torch.float64",
     ),
     (
-        lambda c: c.decompress_v(PACKED, NORMS, out=torch.empty(3, 64)),
+        lambda c: c.decompress_v(PACKED, NORMS, out=torch.empty(3, 64, dtype=torch.float32)),
         ValueError,
         "out: wanted shape [3, 128], got [3, 64]",
     ),
     (
-        lambda c: c.decompress_k(PACKED, NORMS, out=torch.empty(128, 3).t()),
+        lambda c: c.decompress_k(PACKED, NORMS, out=torch.empty(128, 3, dtype=torch.float32).t()),
         ValueError,
         "out: wanted a contiguous tensor, got strides (1, 3)",
     ),
     (
-        lambda c: c.decompress_k(PACKED, NORMS, offset=torch.zeros(2, 128)),
+        lambda c: c.decompress_k(PACKED, NORMS, offset=torch.zeros(2, 128, dtype=torch.float32)),
         ValueError,
         "offset: wanted a shape that broadcasts to [3, 128], got [2, 128]",
     ),

@@ -35,15 +35,15 @@ def make(
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def roundtrip(fmt: VectorFormat, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compress; return codes ``[n, dim]``, scales and rotated vectors read back."""
     packed = torch.full((x.shape[0], fmt.packed_dim), 0xA5, dtype=torch.uint8)
-    norms = torch.full((x.shape[0],), math.nan)
+    norms = torch.full((x.shape[0],), math.nan, dtype=torch.float32)
     core.compress(x, fmt, packed, norms)
-    out = torch.full((x.shape[0], fmt.padded_dim), math.nan)
+    out = torch.full((x.shape[0], fmt.padded_dim), math.nan, dtype=torch.float32)
     core.decompress(packed, norms, fmt, out, rotated=True)
     codes = core.unpack_rows(packed.t().contiguous(), fmt.padded_dim, fmt.bits).t()
     return codes, norms, out
@@ -103,7 +103,7 @@ def test_signs_are_balanced_and_differ_by_role_and_seed() -> None:
     # 512 fair signs: a standard deviation of 23
     assert signs.sum(1).abs().max() < 92
     products = signs @ signs.t()
-    assert (products - 512 * torch.eye(6)).abs().max() < 92
+    assert (products - 512 * torch.eye(6, dtype=torch.float32)).abs().max() < 92
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 31, 1.0, True, None])
@@ -124,7 +124,7 @@ def test_rotation_is_the_signed_hadamard_matrix(head_dim: int, role: Role) -> No
     dim = fmt.padded_dim
     exact = np.diag(ref.signs(role, dim)) @ ref.hadamard_matrix(dim) / math.sqrt(dim)
     np.testing.assert_allclose(exact @ exact.T, np.eye(dim), atol=1e-12)
-    got = core.rotate(torch.eye(head_dim), fmt)
+    got = core.rotate(torch.eye(head_dim, dtype=torch.float32), fmt)
     np.testing.assert_allclose(got.numpy(), exact[:head_dim], atol=1e-7)
     x = normal(50, head_dim)
     rotated = core.rotate(x, fmt)
@@ -148,7 +148,9 @@ def test_sums_run_neighbours_first() -> None:
 
 
 def test_square_roots_are_correctly_rounded() -> None:
-    x = normal(100_000).square() * 2.0 ** torch.randint(-100, 100, (100_000,))
+    x = torch.ldexp(
+        normal(100_000).square(), torch.randint(-100, 100, (100_000,), dtype=torch.int32)
+    )
     assert np.array_equal(core.exact_sqrt(x).numpy(), np.sqrt(x.numpy()))
 
 
@@ -198,20 +200,23 @@ def test_each_code_owns_its_own_bits(bits: int) -> None:
 def test_ties_take_the_smaller_magnitude(bits: int) -> None:
     fmt = make(64, bits)
     bounds = fmt.codebook.boundaries
-    above = torch.nextafter(bounds, torch.tensor(math.inf))
+    above = torch.nextafter(bounds, torch.tensor(math.inf, dtype=torch.float32))
     below = torch.nextafter(bounds, torch.tensor(-math.inf))
     want = torch.arange(bounds.numel())
     for value, index in ((bounds, want), (below, want), (above, want + 1)):
         got, magnitude = fmt.cells(value[:, None].clone())
         assert torch.equal(got[:, 0].long(), index)
-        assert torch.equal(magnitude[:, 0], torch.tensor(fmt.codebook.magnitudes)[index].float())
+        assert torch.equal(
+            magnitude[:, 0],
+            torch.tensor(fmt.codebook.magnitudes, dtype=torch.float32)[index].float(),
+        )
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_cells_are_nearest_magnitudes(bits: int) -> None:
     fmt = make(64, bits)
     m = torch.tensor(fmt.codebook.magnitudes, dtype=torch.float64)
-    u = torch.linspace(0, 2 * float(m[-1]), 20_001)[None]
+    u = torch.linspace(0, 2 * float(m[-1]), 20_001, dtype=torch.float32)[None]
     _, got = fmt.cells(u.clone())
     distance = (got.double() - u.double()).abs()
     best = (m[:, None] - u.double()).abs().min(0).values
@@ -269,7 +274,11 @@ def test_scale_rules_keep_what_they_promise(bits: int, role: Role) -> None:
     fmt = make(128, bits, role, "plain")
     level = (energy / 128).sqrt()[:, None] * fmt.codebook.step
     lattice = read["plain"] / level
-    nearest = (lattice.abs()[..., None] - torch.tensor(fmt.codebook.magnitudes)).abs().amin(-1)
+    nearest = (
+        (lattice.abs()[..., None] - torch.tensor(fmt.codebook.magnitudes, dtype=torch.float32))
+        .abs()
+        .amin(-1)
+    )
     assert nearest.max() < 1e-3
 
     errors = {rule: (values - rotated).square().sum(1) for rule, values in read.items()}
@@ -299,7 +308,7 @@ def test_error_of_whole_vectors_at_codec_widths(bits: int) -> None:
 def test_unbiased_scale_has_no_bias_over_rotations() -> None:
     """Averaged over seeds, what is read tends to what was written: 2 bits, 200 rotations."""
     x = normal(1, 64)
-    total = torch.zeros(1, 64)
+    total = torch.zeros(1, 64, dtype=torch.float32)
     for seed in range(200):
         fmt = make(64, 2, seed=seed)
         total += core.unrotate(roundtrip(fmt, x)[2], fmt)

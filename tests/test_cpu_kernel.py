@@ -154,7 +154,7 @@ def test_every_number_of_sixteen_bits(dtype: torch.dtype) -> None:
     assert_compresses_alike(x, make_format(8, 32, "least_squares", torch.float32))
     # a lone coordinate is rotated to equal ones, so results are of many sizes and signs
     fmt = make_format(8, 8, norm_dtype=torch.float32)
-    packed, _ = assert_compresses_alike(torch.eye(8), fmt)
+    packed, _ = assert_compresses_alike(torch.eye(8, dtype=torch.float32), fmt)
     scales = torch.logspace(-45, 38, 8 * 997).to(torch.float32)
     assert_decompresses_alike(packed.repeat(997, 1), scales, fmt, dtype, rotated=False)
     assert_decompresses_alike(packed.repeat(997, 1), scales, fmt, dtype, rotated=True)
@@ -165,14 +165,16 @@ def test_any_codes_and_the_mark_of_a_scale() -> None:
     for bits in range(2, 9):
         fmt = make_format(bits, 96)
         packed = torch.randint(0, 256, (19, fmt.packed_dim), generator=generator).to(torch.uint8)
-        norms = torch.randn(19, generator=generator).to(torch.float16)  # the sign is a mark
+        norms = torch.randn(19, generator=generator, dtype=torch.float32).to(
+            torch.float16
+        )  # the sign is a mark
         for rotated in (False, True):
             assert_decompresses_alike(packed, norms, fmt, torch.float32, rotated)
 
 
 def test_subnormals_count_even_where_the_caller_flushes_them() -> None:
     fmt = make_format(4, 64, norm_dtype=torch.float32)
-    x = torch.full((3, 64), 1e-17)
+    x = torch.full((3, 64), 1e-17, dtype=torch.float32)
     x[:, ::2] = 1e-40
     expected, expected_norms = outputs(fmt, 3)
     core.compress(x, fmt, expected, expected_norms)
@@ -181,7 +183,7 @@ def test_subnormals_count_even_where_the_caller_flushes_them() -> None:
         pytest.skip("this processor cannot flush subnormals")
     try:
         cpu.compress(x, fmt, packed, norms)
-        flushes = (torch.tensor([1e-40]) * 1).item() == 0
+        flushes = (torch.tensor([1e-40], dtype=torch.float32) * 1).item() == 0
     finally:
         torch.set_flush_denormal(False)
     assert flushes  # the caller's mode is back afterwards
@@ -227,11 +229,11 @@ def test_any_strides(dim: int, hard_vectors: Callable[..., Tensor]) -> None:
 def test_neighbouring_rows_stay(bits: int, dim: int) -> None:
     fmt = make_format(bits, dim)
     packed, norms = outputs(fmt, 9)
-    cpu.compress(torch.randn(7, dim), fmt, packed[1:8], norms[1:8])
+    cpu.compress(torch.randn(7, dim, dtype=torch.float32), fmt, packed[1:8], norms[1:8])
     for row in (0, 8):
         assert bool((packed[row] == POISON).all()) and norms[row].item() == -7
     for rotated in (False, True):
-        out = torch.full((9, fmt.padded_dim if rotated else dim), -3.0)
+        out = torch.full((9, fmt.padded_dim if rotated else dim), -3.0, dtype=torch.float32)
         cpu.decompress(packed[1:8], norms[1:8], fmt, out[1:8], rotated=rotated)
         assert bool((out[0] == -3).all()) and bool((out[8] == -3).all())
 
@@ -239,8 +241,8 @@ def test_neighbouring_rows_stay(bits: int, dim: int) -> None:
 def test_no_vectors_at_all() -> None:
     fmt = make_format(4, 128)
     packed, norms = outputs(fmt, 0)
-    cpu.compress(torch.empty(0, 128), fmt, packed, norms)
-    cpu.decompress(packed, norms, fmt, torch.empty(0, 128), rotated=False)
+    cpu.compress(torch.empty(0, 128, dtype=torch.float32), fmt, packed, norms)
+    cpu.decompress(packed, norms, fmt, torch.empty(0, 128, dtype=torch.float32), rotated=False)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -257,12 +259,12 @@ def test_threads_share_the_vectors(
 @pytest.mark.filterwarnings("error:Dynamo")
 def test_torch_compile_breaks_its_graph_and_is_right() -> None:
     fmt = make_format(4, 64)
-    packed, norms = assert_compresses_alike(torch.randn(5, 64), fmt)
-    expected = torch.empty(5, 64)
+    packed, norms = assert_compresses_alike(torch.randn(5, 64, dtype=torch.float32), fmt)
+    expected = torch.empty(5, 64, dtype=torch.float32)
     core.decompress(packed, norms, fmt, expected, rotated=False)
 
     def step(packed: Tensor, norms: Tensor) -> Tensor:
-        out = torch.empty(5, 64)
+        out = torch.empty(5, 64, dtype=torch.float32)
         if cpu.available():
             cpu.decompress(packed, norms, fmt, out, rotated=False)
         return out + 1
@@ -281,9 +283,9 @@ def test_other_devices_are_refused() -> None:
 def test_wrong_arguments_are_refused() -> None:
     fmt = make_format(4, 64)
     packed, norms = outputs(fmt, 3)
-    x = torch.ones(3, 64)
+    x = torch.ones(3, 64, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"x: wanted shape \[3, 64\], got \[3, 65\]"):
-        cpu.compress(torch.ones(3, 65), fmt, packed, norms)
+        cpu.compress(torch.ones(3, 65, dtype=torch.float32), fmt, packed, norms)
     with pytest.raises(ValueError, match=r"packed: wanted shape \[3, 32\], got \[2, 32\]"):
         cpu.compress(x, fmt, packed[:2], norms)
     with pytest.raises(TypeError, match=r"norms: wanted torch.float16, got torch.float32"):
@@ -293,7 +295,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x: wanted device cpu, got meta"):
         cpu.compress(x.to("meta"), fmt, packed, norms)
     with pytest.raises(ValueError, match=r"out: wanted shape \[3, 64\]"):
-        cpu.decompress(packed, norms, fmt, torch.empty(3, 32), rotated=False)
+        cpu.decompress(packed, norms, fmt, torch.empty(3, 32, dtype=torch.float32), rotated=False)
     assert bool((packed == POISON).all())
 
 
@@ -304,7 +306,7 @@ def test_a_library_that_is_missing_or_foreign_is_refused(
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "none.so")
     assert "not built" in str(cpu.why_unavailable())
     with pytest.raises(BackendUnavailableError, match=r"python -m turbokv\.kernels\.cpu"):
-        cpu.compress(torch.ones(3, 64), fmt, *outputs(fmt, 3))
+        cpu.compress(torch.ones(3, 64, dtype=torch.float32), fmt, *outputs(fmt, 3))
     foreign = tmp_path / "foreign.so"
     foreign.write_bytes(b"no library")
     monkeypatch.setattr(cpu, "LIBRARY", foreign)

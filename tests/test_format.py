@@ -56,7 +56,7 @@ def integers(count: int, start: int) -> Tensor:
 def inputs(head_dim: int) -> Tensor:
     """Return ten vectors: ordinary, wide mantissas, ties, and every special case but NaN."""
     j = torch.arange(head_dim)
-    x = torch.zeros(10, head_dim)
+    x = torch.zeros(10, head_dim, dtype=torch.float32)
     x[0] = ((37 * j + 11) % 64 - 32) / 16
     x[1] = integers(head_dim, 1) * 2.0**-22
     x[2] = integers(head_dim, 2) * 2.0**-20 + 3  # a mean, as keys have; wide enough to round
@@ -71,7 +71,7 @@ def inputs(head_dim: int) -> Tensor:
 
 def offset(head_dim: int) -> Tensor:
     """Return a vector near ``inputs()[2]`` and far from the rest."""
-    return 3 + (torch.arange(head_dim) % 5 - 2) / 8
+    return 3 + (torch.arange(head_dim) % 5 - 2).float() / 8
 
 
 def tokens(count: int, head_dim: int, start: int) -> Tensor:
@@ -249,7 +249,7 @@ def test_second_implementation_gives_the_same_pages(head_dim: int) -> None:
             codes = torch.randint(1 << bits, (dim, 16), generator=generator, dtype=torch.uint8)
             flat[role, bits] = core.pack_rows(codes, bits).t()[:, None]
             planes[role, bits] = [ref.planes(row, role, bits) for row in codes.t().numpy()]
-    scales = torch.randn(2, 16, 1, generator=generator).to(torch.float16)
+    scales = torch.randn(2, 16, 1, generator=generator, dtype=torch.float32).to(torch.float16)
     for k_bits, v_bits in itertools.product(paged.PAGE_BITS, repeat=2):
         layout = PageLayout(head_dim, k_bits, v_bits, 32, 1)
         pages = torch.full(layout.shape(1), 0xA5, dtype=torch.uint8)

@@ -107,9 +107,9 @@ def test_a_refused_backend_runs_nothing(
     fmt = make_format(4, 64)
     packed, norms = outputs(fmt, 3)
     with pytest.raises(BackendUnavailableError):
-        kernels.compress(torch.ones(3, 64), fmt, packed, norms, backend)
+        kernels.compress(torch.ones(3, 64, dtype=torch.float32), fmt, packed, norms, backend)
     with pytest.raises(BackendUnavailableError):
-        out = torch.empty(3, 64)
+        out = torch.empty(3, 64, dtype=torch.float32)
         kernels.decompress(packed, norms, fmt, out, rotated=False, backend=backend)
     with pytest.raises(BackendUnavailableError):
         TurboKVCodec(64, backend=backend)
@@ -121,7 +121,7 @@ def test_triton_by_name_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("compress", "decompress"):
         monkeypatch.setattr(core, name, lambda *a, **k: pytest.fail("fell back to PyTorch"))
     codec = TurboKVCodec(64, 4, backend="triton")
-    packed, norms = codec.compress_k(torch.ones(2, 3, 64))
+    packed, norms = codec.compress_k(torch.ones(2, 3, 64, dtype=torch.float32))
     assert codec.decompress_k(packed, norms).shape == (2, 3, 64)
 
 
@@ -244,9 +244,9 @@ def test_triton_reads_and_writes_any_strides(hard_vectors: Callable[..., Tensor]
     assert torch.equal(target[defined], packed[defined])
     assert_same_floats(wide_norms[:, 1], norms)
     assert bool((wide[:, 0::2] == POISON).all()) and bool((wide_norms[:, 0::2] == -7).all())
-    expected = torch.empty(n, dim)
+    expected = torch.empty(n, dim, dtype=torch.float32)
     core.decompress(packed, norms, fmt, expected, rotated=False)
-    out = torch.full((dim + 2, n), -3.0)
+    out = torch.full((dim + 2, n), -3.0, dtype=torch.float32)
     kernels.decompress(
         target, wide_norms[:, 1], fmt, out[1:-1].t(), rotated=False, backend="triton"
     )
@@ -258,10 +258,12 @@ def test_triton_reads_and_writes_any_strides(hard_vectors: Callable[..., Tensor]
 def test_triton_leaves_neighbouring_rows_alone() -> None:
     fmt = make_format(5, 64)
     packed, norms = outputs(fmt, 9)
-    kernels.compress(torch.randn(7, 64), fmt, packed[1:8], norms[1:8], "triton")
+    kernels.compress(
+        torch.randn(7, 64, dtype=torch.float32), fmt, packed[1:8], norms[1:8], "triton"
+    )
     for row in (0, 8):
         assert bool((packed[row] == POISON).all()) and norms[row].item() == -7
-    out = torch.full((9, 64), -3.0)
+    out = torch.full((9, 64), -3.0, dtype=torch.float32)
     kernels.decompress(packed[1:8], norms[1:8], fmt, out[1:8], rotated=False, backend="triton")
     assert bool((out[0] == -3).all()) and bool((out[8] == -3).all())
 
@@ -270,14 +272,21 @@ def test_triton_leaves_neighbouring_rows_alone() -> None:
 def test_triton_accepts_no_vectors_at_all() -> None:
     fmt = make_format(4, 128)
     packed, norms = outputs(fmt, 0)
-    kernels.compress(torch.empty(0, 128), fmt, packed, norms, "triton")
-    kernels.decompress(packed, norms, fmt, torch.empty(0, 128), rotated=False, backend="triton")
+    kernels.compress(torch.empty(0, 128, dtype=torch.float32), fmt, packed, norms, "triton")
+    kernels.decompress(
+        packed,
+        norms,
+        fmt,
+        torch.empty(0, 128, dtype=torch.float32),
+        rotated=False,
+        backend="triton",
+    )
 
 
 @marked
 def test_triton_ignores_the_mark_of_a_scale() -> None:
     fmt = make_format(4, 64)
-    packed, norms = assert_compresses_alike(torch.randn(5, 64), fmt)
+    packed, norms = assert_compresses_alike(torch.randn(5, 64, dtype=torch.float32), fmt)
     norms[::2] *= -1
     assert_decompresses_alike(packed, norms, fmt, torch.float32, rotated=True)
 
@@ -317,5 +326,5 @@ def test_kernels_compile_for_a_gpu_without_fused_multiply_adds(tmp_path: Path) -
 
 
 def test_square_roots_are_correctly_rounded() -> None:
-    x = torch.rand(4099, generator=torch.Generator().manual_seed(1)) * 100
+    x = torch.rand(4099, generator=torch.Generator().manual_seed(1), dtype=torch.float32) * 100
     assert np.array_equal(core.exact_sqrt(x).numpy(), np.sqrt(x.numpy()))

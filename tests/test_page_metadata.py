@@ -171,7 +171,12 @@ INT = torch.int32
         ("page_size", 4.0, TypeError, "page_size: wanted an int, got 4.0"),
         ("page_size", True, TypeError, "page_size: wanted an int, got True"),
         ("seq_lens", [3, 4], TypeError, "seq_lens: wanted a torch.Tensor, got list"),
-        ("seq_lens", torch.ones(2), TypeError, "seq_lens: wanted torch.int32, got torch.float32"),
+        (
+            "seq_lens",
+            torch.ones(2, dtype=torch.float32),
+            TypeError,
+            "seq_lens: wanted torch.int32, got torch.float32",
+        ),
         ("seq_lens", torch.ones(2, 1, dtype=INT), ValueError, "seq_lens: wanted 1 dimensions"),
         ("seq_lens", torch.ones(4, dtype=INT)[::2], ValueError, "seq_lens: wanted a contiguous"),
         (

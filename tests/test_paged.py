@@ -31,7 +31,7 @@ bounded = settings(max_examples=20, deadline=None)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def filled(
@@ -252,7 +252,7 @@ def test_every_token_may_change_alone(bits: int, head_dim: int) -> None:
         before = pages.clone()
         packed = torch.randint(256, (1, 1, vectors), dtype=torch.uint8, generator=generator)
         for role in get_args(core.Role):
-            layout.scatter(pages, token, role, packed, torch.ones(1, 1).half())
+            layout.scatter(pages, token, role, packed, torch.ones(1, 1, dtype=torch.float32).half())
             assert torch.equal(layout.gather(pages, token, role)[0], packed)
         own = torch.cat([layout.byte_offsets(part, token).flatten() for part in PARTS])
         changed = (pages != before)[0, 0].nonzero().flatten()
@@ -306,7 +306,10 @@ def expected(
 ) -> tuple[Tensor, Tensor]:
     """Plain attention in float64 over what the cache decompresses to."""
     k_offset = options.pop("k_offset", None)
-    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:2]).double()
+    out, lse = (
+        torch.zeros(q.shape, dtype=torch.float64),
+        torch.zeros(q.shape[:2], dtype=torch.float32).double(),
+    )
     indptr, indices, last = tables
     for i in range(len(last)):
         pages = indices[int(indptr[i]) : int(indptr[i + 1])]
@@ -387,7 +390,12 @@ def test_attention_with_centred_keys() -> None:
     k_offset = 3 * normal(2, 2, 64, seed=4)
     cache, tables, requests = filled([SEGMENT + 9, 3], k_offset=k_offset)
     first = tables[1][:1].long() * 16
-    cache.append(torch.zeros(1, 2, 64), torch.ones(1, 2, 64), first, k_offset[:1])
+    cache.append(
+        torch.zeros(1, 2, 64, dtype=torch.float32),
+        torch.ones(1, 2, 64, dtype=torch.float32),
+        first,
+        k_offset[:1],
+    )
     q = normal(2, 4, 64, seed=9)
     options = {"sm_scale": 0.125, "causal": True, "cap": 0.0, "window_left": -1}
     got = cache.attention(q, *tables, k_offset=k_offset, return_lse=True)
@@ -423,5 +431,7 @@ def test_attention_is_near_that_of_the_originals() -> None:
 def test_empty_batch() -> None:
     cache, _, _ = filled([5])
     none = torch.zeros(1, dtype=torch.int32)
-    out, lse = cache.attention(torch.zeros(0, 2, 64), none, none[:0], none[:0], return_lse=True)
+    out, lse = cache.attention(
+        torch.zeros(0, 2, 64, dtype=torch.float32), none, none[:0], none[:0], return_lse=True
+    )
     assert out.shape == (0, 2, 64) and lse.shape == (0, 2)

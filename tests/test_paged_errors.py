@@ -13,9 +13,9 @@ import torch
 from turbokv import TurboKVCodec
 from turbokv.paged import PagedKVCache, PageLayout
 
-KV, SLOTS = torch.zeros(3, 2, 64), torch.tensor([0, 1, 2])
+KV, SLOTS = torch.zeros(3, 2, 64, dtype=torch.float32), torch.tensor([0, 1, 2])
 ONE = torch.tensor([0, 1], dtype=torch.int32)
-Q = torch.zeros(1, 4, 64)
+Q = torch.zeros(1, 4, 64, dtype=torch.float32)
 
 BAD: list[tuple[Callable[[PagedKVCache], Any], type[Exception], str]] = [
     (lambda c: c.append(KV[:2], KV, SLOTS), ValueError, "k: wanted shape [3, 2, 64], got [2, 2,"),

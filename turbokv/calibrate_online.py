@@ -87,8 +87,8 @@ class OnlineCalibrator:
                 f" {layer}, got {have}"
             )
         weight = self._counts[layer, role]
-        centre = (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (_RANGE / _BINS)
-        start = torch.tensor(Codebook.gaussian(bits).magnitudes, dtype=torch.float64)
+        centre = (torch.arange(_BINS, dtype=torch.float64, device="cpu") + 0.5) * (_RANGE / _BINS)
+        start = torch.tensor(Codebook.gaussian(bits).magnitudes, dtype=torch.float64, device="cpu")
         levels = _lloyd(start * Codebook.gaussian(bits).step, centre, weight)
         return _lattice(bits, levels, centre, weight)
 
@@ -120,7 +120,8 @@ def _lattice(bits: int, levels: Tensor, centre: Tensor, weight: Tensor) -> Codeb
     """Round levels to int8 magnitudes times the step that costs least."""
     if bits == 2:
         # two bits are uniform everywhere (no lookup in kernels): only the step is fitted
-        candidates = [(torch.tensor([1.0, 3.0], dtype=torch.float64), s) for s in _steps(0.3, 0.7)]
+        pair = torch.tensor([1.0, 3.0], dtype=torch.float64, device="cpu")
+        candidates = [(pair, s) for s in _steps(0.3, 0.7)]
     else:
         smallest = float(levels[-1]) / _LARGEST
         candidates = [
@@ -140,4 +141,4 @@ def _lattice(bits: int, levels: Tensor, centre: Tensor, weight: Tensor) -> Codeb
 
 
 def _steps(low: float, high: float) -> list[float]:
-    return torch.linspace(low, high, 300, dtype=torch.float64).tolist()
+    return torch.linspace(low, high, 300, dtype=torch.float64, device="cpu").tolist()

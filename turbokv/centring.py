@@ -149,7 +149,8 @@ class KeyOffsets:
 
         Positions below zero (padding) take the first segment's offset.
         """
-        positions = torch.arange(start, start + count, device=self.mu.device).clamp_(min=0)
+        positions = torch.arange(start, start + count, dtype=torch.int64, device=self.mu.device)
+        positions.clamp_(min=0)
         needed = max(0, start + count - 1) // SEGMENT + 1
         if needed > self._table.shape[0]:
             have = self._table.shape[0]
@@ -165,5 +166,5 @@ def rotary_frequencies(
     dim = head_dim if rotary_dim is None else rotary_dim
     if dim % 2 or not 0 <= dim <= head_dim:
         raise ValueError(f"rotary_dim: wanted an even number up to {head_dim}, got {dim}")
-    exponent = torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1)
+    exponent = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / max(dim, 1)
     return torch.exp(-math.log(theta) * exponent)

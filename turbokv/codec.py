@@ -8,6 +8,7 @@ from torch import Tensor
 
 from turbokv import core, kernels
 from turbokv.core import DEFAULT_SEED, Codebook, Role, ScaleRule, VectorFormat
+from turbokv.kernels import arguments
 
 DEFAULT_BITS = 4
 # Chosen by KL on a real model, not by MSE: README, "Which scale".
@@ -371,8 +372,7 @@ class TurboKVCodec:
     ) -> Tensor:
         if out is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
-        if not isinstance(out, Tensor):
-            raise TypeError(f"{name}: wanted a torch.Tensor, got {type(out).__name__}")
+        arguments.check_plain(out, name)
         if out.dtype != dtype:
             raise TypeError(f"{name}: wanted {dtype}, got {out.dtype}")
         if tuple(out.shape) != tuple(shape):

@@ -104,9 +104,8 @@ def rotation_signs(role: Role, head_dim: int, seed: int = DEFAULT_SEED) -> Tenso
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 31:
         raise ValueError(f"seed: wanted an int from 0 to 2^31 - 1, got {seed!r}")
     base = (seed + SEED_OFFSETS[role]) << 32
-    return torch.tensor(
-        [-1.0 if _splitmix64(base + j) >> 63 else 1.0 for j in range(padded_dim(head_dim))]
-    )
+    signs = [-1.0 if _splitmix64(base + j) >> 63 else 1.0 for j in range(padded_dim(head_dim))]
+    return torch.tensor(signs, dtype=torch.float32, device="cpu")
 
 
 def hadamard_rows(x: Tensor) -> Tensor:
@@ -133,6 +132,10 @@ def tree_sum_rows(x: Tensor) -> Tensor:
     while x.shape[0] > 1:
         x = x[0::2] + x[1::2]
     return x[0]
+
+
+def _round_to_fp32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32, device="cpu"))
 
 
 def exact_sqrt(x: Tensor) -> Tensor:
@@ -202,7 +205,7 @@ class Codebook:
     @cached_property
     def boundaries(self) -> Tensor:
         """Midpoints between magnitudes, fp32 ``[2**(bits-1) - 1]``, in lattice units."""
-        m = torch.tensor(self.magnitudes, dtype=torch.float64)
+        m = torch.tensor(self.magnitudes, dtype=torch.float64, device="cpu")
         return (0.5 * (m[1:] + m[:-1])).float()
 
     @cached_property
@@ -211,7 +214,7 @@ class Codebook:
 
         Mid-tread codebooks never write code 0; it reads as ``-magnitudes[-1]``.
         """
-        m = torch.tensor(self.magnitudes, dtype=torch.float32)
+        m = torch.tensor(self.magnitudes, dtype=torch.float32, device="cpu")
         if self.is_mid_tread:
             return torch.cat([-m[-1:], -m.flip(0)[:-1], m])
         return torch.cat([-m.flip(0), m])
@@ -244,6 +247,15 @@ class VectorFormat:
     signs: Tensor
     scale_rule: ScaleRule
     norm_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        """Refuse signs that kernels would misread: they take an address of fp32 numbers."""
+        signs = self.signs
+        if signs.dtype != torch.float32 or not signs.is_contiguous():
+            got = f"{signs.dtype} with strides {signs.stride()}"
+            raise TypeError(f"signs: wanted contiguous torch.float32, got {got}")
+        if tuple(signs.shape) != (self.padded_dim,):
+            raise ValueError(f"signs: wanted shape {[self.padded_dim]}, got {list(signs.shape)}")
 
     @classmethod
     def create(
@@ -278,25 +290,23 @@ class VectorFormat:
     @cached_property
     def normaliser(self) -> float:
         """``sqrt(padded_dim) / step``: turns ``y / |y|`` into lattice units (rounded to fp32)."""
-        return float(torch.tensor(math.sqrt(self.padded_dim) / self.codebook.step).float())
+        return _round_to_fp32(math.sqrt(self.padded_dim) / self.codebook.step)
 
     @cached_property
     def scale_factor(self) -> float:
         """``2**frac_bits / sqrt(padded_dim)``: turns a ratio ``y / level`` into a stored scale."""
-        return float(
-            torch.tensor(2.0**self.codebook.frac_bits / math.sqrt(self.padded_dim)).float()
-        )
+        return _round_to_fp32(2.0**self.codebook.frac_bits / math.sqrt(self.padded_dim))
 
     @cached_property
     def plain_factor(self) -> float:
         """``step * 2**frac_bits / padded_dim``: stored scale per unit of ``|y|`` (rule "plain")."""
         ratio = self.codebook.step * 2.0**self.codebook.frac_bits / self.padded_dim
-        return float(torch.tensor(ratio).float())
+        return _round_to_fp32(ratio)
 
     @cached_property
     def inverse_root(self) -> float:
         """``1 / sqrt(padded_dim)``, rounded to fp32: the normalisation of the Hadamard matrix."""
-        return float(torch.tensor(1.0 / math.sqrt(self.padded_dim)).float())
+        return _round_to_fp32(1.0 / math.sqrt(self.padded_dim))
 
     @cached_property
     def _lattice_steps(self) -> list[tuple[int, int]] | None:
@@ -320,7 +330,7 @@ class VectorFormat:
         """Levels of the codes in each byte value, fp32 ``[256, 8 / bits]``, for 2, 4 and 8 bits."""
         if 8 % self.bits:
             return None
-        every_byte = torch.arange(256, dtype=torch.uint8)[None]
+        every_byte = torch.arange(256, dtype=torch.uint8, device="cpu")[None]
         codes = unpack_rows(every_byte, 8 // self.bits, self.bits)
         return self.levels[codes.t().long().to(self.levels.device)].contiguous()
 
@@ -332,7 +342,9 @@ class VectorFormat:
         steps = self._lattice_steps
         if steps is None:
             index = torch.bucketize(lattice, self._boundaries, out_int32=True)
-            values = torch.tensor(self.codebook.magnitudes, dtype=torch.float32).to(index.device)
+            values = torch.tensor(
+                self.codebook.magnitudes, dtype=torch.float32, device=index.device
+            )
             return index.to(torch.uint8), values.index_select(0, index.view(-1)).view_as(lattice)
         # 2 |u| > b if and only if ceil(2 |u|) > b, as all b are integers; clamped as integers,
         # which also brings NaN into range
@@ -452,6 +464,8 @@ def check_vectors(x: Tensor, dim: int, name: str = "x") -> None:
         raise TypeError(f"{name}: wanted a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _INPUT_DTYPES:
         raise TypeError(f"{name}: wanted float32, float16 or bfloat16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: wanted a strided tensor, got layout {x.layout}")
     if x.ndim == 0 or x.shape[-1] != dim:
         raise ValueError(f"{name}: wanted shape [..., {dim}], got {list(x.shape)}")
 

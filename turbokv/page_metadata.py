@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from turbokv import kernels
+from turbokv.kernels import arguments
 
 _INT32_MAX = 2**31 - 1
 
@@ -104,7 +105,8 @@ def _page_metadata(
     kv_indptr[0] = 0
     kv_indptr[1:] = pages.cumsum(0)
     kv_last_page_len[:] = lengths - (pages - 1).clamp(min=0) * page_size
-    live = torch.arange(max_pages, device=block_table.device) < pages[:, None]
+    page = torch.arange(max_pages, dtype=torch.int64, device=block_table.device)
+    live = page < pages[:, None]
     flat = block_table[live]
     kv_indices[: flat.numel()] = flat
 
@@ -129,8 +131,7 @@ def _check(
         "kv_last_page_len": (kv_last_page_len, 1),
     }
     for name, (tensor, ndim) in dims.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: wanted a torch.Tensor, got {type(tensor).__name__}")
+        arguments.check_plain(tensor, name)
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name}: wanted torch.int32, got {tensor.dtype}")
         if tensor.ndim != ndim:

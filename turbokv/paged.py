@@ -70,7 +70,7 @@ def _pack(codes: Tensor, bits: int, like: Tensor) -> Tensor:
 
 def _high_order(role: core.Role, bits: int, dim: int, device: torch.device) -> Tensor:
     """Return which coordinate each bit of a token's high plane belongs to, int64 ``[dim]``."""
-    j = torch.arange(dim, device=device)
+    j = torch.arange(dim, dtype=torch.int64, device=device)
     if bits == 3:  # (u, i, v, f) to (u, v, i, f)
         return j.view(-1, 2, 2, 2).transpose(1, 2).flatten()
     if role == "k":  # (U, r, upper and lower bit of c) to (U, lower, r, upper)
@@ -199,7 +199,8 @@ class PageLayout:
         planes: tuple[Part, ...] = ("k_base", "k_high", "v_base", "v_high")
         sizes = [self.part_bytes(plane) for plane in planes]
         count = self.part_bytes(part)
-        byte, token = torch.arange(count, device=tokens.device), tokens[:, None] % TILE
+        byte = torch.arange(count, dtype=torch.int64, device=tokens.device)
+        token = tokens[:, None] % TILE
         tile = tokens[:, None] // TILE * self.tile_bytes
         if part in ("k_scale", "v_scale"):
             pair = TILE * sum(sizes) + token * 2 * SCALE_BYTES
@@ -219,7 +220,7 @@ class PageLayout:
 
     def _index(self, slots: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """Index ``pages`` by page, head and byte; strides do the rest in 64 bits."""
-        heads = torch.arange(self.num_kv_heads, device=slots.device)
+        heads = torch.arange(self.num_kv_heads, dtype=torch.int64, device=slots.device)
         offsets = self.byte_offsets(part, slots % self.page_size)
         return (slots // self.page_size)[:, None, None], heads[:, None], offsets[:, None, :]
 
@@ -334,7 +335,7 @@ class PagedKVCache:
         if not 0 <= length <= kv_indices.shape[0] * page_size:
             room = kv_indices.shape[0] * page_size
             raise ValueError(f"length: wanted 0 to {room}, got {length}")
-        token = torch.arange(length, device=kv_indices.device)
+        token = torch.arange(length, dtype=torch.int64, device=kv_indices.device)
         page = kv_indices.to(torch.int64)[token // page_size]
         return page * page_size + token % page_size
 
@@ -429,8 +430,9 @@ class PagedKVCache:
             logits = torch.einsum("qhgd,khd->qhgk", rotated[rows], k) * scale
             if logits_soft_cap > 0:
                 logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-            own = torch.arange(length - logits.shape[0], length, device=q.device)
-            ahead = torch.arange(length, device=q.device) - own[:, None]
+            first = length - logits.shape[0]
+            own = torch.arange(first, length, dtype=torch.int64, device=q.device)
+            ahead = torch.arange(length, dtype=torch.int64, device=q.device) - own[:, None]
             hidden = (ahead > 0) & causal
             if window_left >= 0:
                 hidden |= ahead < -window_left
@@ -452,7 +454,7 @@ class PagedKVCache:
         batch_size = kv_indptr.shape[0] - 1
         self._check(last, "kv_last_page_len", (batch_size,), _INTS)
         if qo is None:
-            qo = torch.arange(batch_size + 1, device=kv_indptr.device)
+            qo = torch.arange(batch_size + 1, dtype=torch.int32, device=kv_indptr.device)
         self._check(qo, "qo_indptr", (batch_size + 1,), _INTS)
         for name, starts in (("kv_indptr", kv_indptr), ("qo_indptr", qo)):
             if int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
@@ -475,7 +477,7 @@ class PagedKVCache:
         needed = -(-length // SEGMENT)
         if k_offset.shape[0] < needed:
             raise ValueError(f"k_offset: wanted {needed} segments, got {k_offset.shape[0]}")
-        return k_offset[torch.arange(length, device=k_offset.device) // SEGMENT]
+        return k_offset[torch.arange(length, dtype=torch.int64, device=k_offset.device) // SEGMENT]
 
     def _check(
         self, x: Tensor, name: str, shape: tuple[int | None, ...], dtypes: Dtypes = ()

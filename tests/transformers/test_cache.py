@@ -46,7 +46,7 @@ def llama(layers: int = 2, **kwargs: object) -> LlamaForCausalLM:
         initializer_range=0.4,
         **kwargs,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM._from_config(config, dtype=torch.float32).eval()
 
 
 def layer(window: int = 8, sinks: int = 2, bits: int = 4, **kwargs: object) -> TurboKVLayer:
@@ -56,7 +56,9 @@ def layer(window: int = 8, sinks: int = 2, bits: int = 4, **kwargs: object) -> T
 def tokens(count: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, HEADS, count, DIM)
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32), torch.randn(
+        shape, generator=generator, dtype=torch.float32
+    )
 
 
 # --- one layer ------------------------------------------------------------------------------------
@@ -209,7 +211,9 @@ def calibrated(**parts: object) -> Calibration:
 
 
 def offsets() -> KeyOffsets:
-    mu = torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(3)) * 4
+    mu = (
+        torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(3), dtype=torch.float32) * 4
+    )
     return KeyOffsets(mu, Rotary(rotary_frequencies(DIM)))
 
 
@@ -257,8 +261,8 @@ def test_first_position_shifts_the_segments() -> None:
 
 def test_channel_scales_and_shift_come_back() -> None:
     generator = torch.Generator().manual_seed(1)
-    scale = torch.rand(HEADS, DIM, generator=generator) * 3 + 0.2
-    shift = torch.randn(HEADS, DIM, generator=generator) * 5
+    scale = torch.rand(HEADS, DIM, generator=generator, dtype=torch.float32) * 3 + 0.2
+    shift = torch.randn(HEADS, DIM, generator=generator, dtype=torch.float32) * 5
     parts = {"k_scale": scale, "v_scale": scale, "v_shift": shift, "offsets": offsets()}
     cache = layer(window=0, sinks=0, bits=8, calibration=LayerCalibration(**parts))
     k, v = tokens(40)
@@ -269,7 +273,7 @@ def test_channel_scales_and_shift_come_back() -> None:
 
 
 def test_calibration_of_other_shapes_is_refused() -> None:
-    wrong = LayerCalibration(v_shift=torch.zeros(HEADS, DIM + 1))
+    wrong = LayerCalibration(v_shift=torch.zeros(HEADS, DIM + 1, dtype=torch.float32))
     cache = layer(calibration=wrong)
     with pytest.raises(ValueError, match=r"v_shift: wanted shape \[2, 64\], got \[2, 65\]"):
         cache.update(*tokens(4))
@@ -335,7 +339,7 @@ def test_gemma_sliding_layers_stay_transformers_own() -> None:
         eos_token_id=96,
         bos_token_id=1,
     )
-    model = Gemma3ForCausalLM(config).eval()
+    model = Gemma3ForCausalLM._from_config(config, dtype=torch.float32).eval()
     ids = ids_for(2, 60)
     want = model.generate(ids, max_new_tokens=12, do_sample=False)
     cache = TurboKVCache(config, 8, window=8)
@@ -396,3 +400,42 @@ def test_model_without_full_attention_is_refused() -> None:
     config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
     with pytest.raises(ValueError, match="config: wanted a model with full-attention layers"):
         TurboKVCache(config)
+
+
+# --- what could only be stored wrongly ------------------------------------------------------------
+
+
+def test_keys_and_values_of_different_lengths_are_refused() -> None:
+    k, v = torch.randn(2, HEADS, 5, DIM), torch.randn(2, HEADS, 5, DIM)
+    for wrong in (v[:, :, :4], v[:1], v[:, :1], v[0]):
+        cache = layer()
+        with pytest.raises(ValueError, match="value_states: wanted the batch, heads and tokens"):
+            cache.update(k, wrong)
+        assert cache.get_seq_length() == 0
+
+
+def test_gradients_are_refused_not_lost() -> None:
+    model = llama()
+    cache, ids = TurboKVCache(model.config), torch.arange(6)[None]
+    with pytest.raises(ValueError, match=r"gradients.*torch\.no_grad"):
+        model(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    assert cache.get_seq_length() == 6
+    frozen = model.requires_grad_(False)
+    frozen(input_ids=ids, past_key_values=TurboKVCache(model.config))
+
+
+def test_float64_models_are_served_as_float32_models_are() -> None:
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator("cpu").manual_seed(0))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = llama().to(dtype)
+        cache = TurboKVCache(model.config, 4, window=4, sinks=2)
+        with torch.no_grad():
+            model(input_ids=ids[:, :39], past_key_values=cache)
+            logits = model(input_ids=ids[:, 39:], past_key_values=cache).logits
+        assert logits.dtype == dtype
+        found.append(logits.double())
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.01

@@ -42,7 +42,9 @@ SMALL = {
 
 def llama(**kwargs: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, "head_dim": 32, **kwargs})).eval()
+    return LlamaForCausalLM._from_config(
+        LlamaConfig(**{**SMALL, "head_dim": 32, **kwargs}), dtype=torch.float32
+    ).eval()
 
 
 def test_rotary_of_llama_is_found() -> None:
@@ -55,14 +57,16 @@ def test_rotary_of_llama_is_found() -> None:
 
 def test_interleaved_rotary_is_found() -> None:
     torch.manual_seed(0)
-    found = find_rotary(CohereForCausalLM(CohereConfig(**SMALL)).eval())
+    found = find_rotary(
+        CohereForCausalLM._from_config(CohereConfig(**SMALL), dtype=torch.float32).eval()
+    )
     assert sorted(found) == [0, 1] and found[0].interleaved and found[0].rotary_dim == 16
 
 
 def test_layers_without_rotary_are_found() -> None:
     torch.manual_seed(0)
     config = SmolLM3Config(**{**SMALL, "num_hidden_layers": 3}, no_rope_layers=[1, 0, 1])
-    found = find_rotary(SmolLM3ForCausalLM(config).eval())
+    found = find_rotary(SmolLM3ForCausalLM._from_config(config, dtype=torch.float32).eval())
     assert [found[i].rotary_dim for i in range(3)] == [16, 0, 16]
 
 

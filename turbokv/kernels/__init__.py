@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from turbokv import core
+from turbokv.kernels import arguments
 
 Backend = Literal["auto", "cuda", "triton", "cpp", "torch"]
 # What is to run: the flat codec (compress, decompress), or something on pages.
@@ -148,7 +149,9 @@ def compress(
     x: Tensor, fmt: core.VectorFormat, packed: Tensor, norms: Tensor, backend: Backend = "auto"
 ) -> None:
     """Compress ``x`` ``[n, head_dim]`` into ``packed`` and ``norms``; see :func:`core.compress`."""
-    _module(backend, x.device).compress(x, fmt, packed, norms)
+    arguments.check_plain(packed, "packed")
+    arguments.check_plain(norms, "norms")
+    _module(backend, x.device).compress(arguments.plain(x), fmt, packed, norms)
 
 
 def decompress(
@@ -161,4 +164,7 @@ def decompress(
     backend: Backend = "auto",
 ) -> None:
     """Decompress into ``out``, in rotated or original space; see :func:`core.decompress`."""
-    _module(backend, packed.device).decompress(packed, norms, fmt, out, rotated=rotated)
+    arguments.check_plain(out, "out")
+    _module(backend, packed.device).decompress(
+        arguments.plain(packed), arguments.plain(norms), fmt, out, rotated=rotated
+    )

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turbokv.core import INPUT_LIMIT, SQUARES_FLOOR, VectorFormat
-from turbokv.kernels import triton_is_interpreted
+from turbokv.kernels import arguments, triton_is_interpreted
 
 # Fixed at import, as Triton's own switch is.
 INTERPRETED = triton_is_interpreted()
@@ -229,9 +229,14 @@ def compress(x: Tensor, fmt: VectorFormat, packed: Tensor, norms: Tensor) -> Non
     Notes
     -----
     Neither allocates nor synchronises, so it can be captured in a CUDA graph, once a first call
-    with ``fmt`` has placed its tables on the device. Arguments are already checked.
+    with ``fmt`` has placed its tables on the device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a tensor has another device, shape or dtype, or is lazily negated.
     """
-    count = x.shape[0]
+    count = arguments.check_flat(x, packed, norms, fmt, fmt.head_dim, "x")
     if count == 0:
         return
     layout = _layout(fmt)
@@ -324,8 +329,14 @@ def decompress(
         uint8 ``[n, packed_dim]`` and scales ``[n]``, any strides.
     out
         ``[n, padded_dim]`` if ``rotated`` else ``[n, head_dim]``, fp32, fp16 or bf16, any strides.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`compress`.
     """
-    count = packed.shape[0]
+    dim = fmt.padded_dim if rotated else fmt.head_dim
+    count = arguments.check_flat(out, packed, norms, fmt, dim, "out")
     if count == 0:
         return
     layout = _layout(fmt)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from turbokv.core import VectorFormat
+from turbokv.kernels import arguments
 from turbokv.paged import PAGE_BITS, SCALE_BYTES, TILE
 
 HEAD_DIMS = (64, 128, 256)  # padded; above, FlashInfer has FA2 kernels for sm_100 and up only
@@ -39,8 +40,7 @@ def tensor(
 
     With ``packed`` it has to be contiguous throughout.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: wanted a torch.Tensor, got {type(x).__name__}")
+    arguments.check_plain(x, name)
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: wanted {' or '.join(map(str, dtypes))}, got {x.dtype}")
     if x.ndim != len(shape) or any(w not in (None, n) for w, n in zip(shape, x.shape, strict=True)):

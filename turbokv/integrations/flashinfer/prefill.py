@@ -74,7 +74,7 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
             _INT_WORKSPACE_BYTES, dtype=torch.uint8, device=self.device
         )
         self._pinned_int_workspace = torch.empty(
-            _INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True
+            _INT_WORKSPACE_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True
         )
         self._planned: torch.cuda.Event | None = None
         self._max_num_rows: int | None = None

@@ -116,8 +116,9 @@ def fp8_e4m3(x: Tensor) -> Tensor:
 @lru_cache(maxsize=32)
 def _int4_signs(dim: int) -> Tensor:
     """Return the +-1 signs that precede the rotation, the same for K and V: fp32 ``[dim]``."""
-    generator = torch.Generator().manual_seed(0x9E3779B9)
-    return 2.0 * torch.bernoulli(torch.full((dim,), 0.5), generator=generator) - 1.0
+    generator = torch.Generator("cpu").manual_seed(0x9E3779B9)
+    half = torch.full((dim,), 0.5, dtype=torch.float32, device="cpu")
+    return 2.0 * torch.bernoulli(half, generator=generator) - 1.0
 
 
 def int4_per_token_head(x: Tensor) -> Tensor:
@@ -177,11 +178,10 @@ def turboquant_centroids(head_dim: int, bits: int) -> Tensor:
     levels = 2**bits
     sigma = math.sqrt(1.0 / head_dim)
     limit = 3.5 * sigma
-    centroids: Tensor = (
-        -limit + 2 * limit * (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    )
-    outer = torch.tensor([3 * limit], dtype=torch.float64)
-    steps = torch.arange(201, dtype=torch.float64) / 200.0
+    middle = torch.arange(levels, dtype=torch.float64, device="cpu") + 0.5
+    centroids: Tensor = -limit + 2 * limit * middle / levels
+    outer = torch.tensor([3 * limit], dtype=torch.float64, device="cpu")
+    steps = torch.arange(201, dtype=torch.float64, device="cpu") / 200.0
     for _ in range(200):
         inner = (centroids[:-1] + centroids[1:]) / 2.0
         edges = torch.cat([-outer, inner, outer])

@@ -113,14 +113,15 @@ def generate_greedy(
         tokens.append(int(rows[-1].argmax()))
         if tokens[-1] in stops or len(tokens) >= max_new_tokens:
             break
-        step = torch.tensor([[tokens[-1]]], device=loaded.device)
+        step = torch.tensor([[tokens[-1]]], dtype=torch.int64, device=loaded.device)
         logits = loaded.model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1]
         rows.append(torch.log_softmax(logits.float(), -1))
     seconds = time.perf_counter() - first
     text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
     speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else float("nan")
     answer = Answer(text.strip(), len(tokens), cache_nbytes(cache), speed, first - begin)
-    return torch.tensor(tokens), torch.stack(rows), answer
+    ids = torch.tensor(tokens, dtype=torch.int64, device="cpu")
+    return ids, torch.stack(rows), answer
 
 
 @torch.inference_mode()
@@ -129,7 +130,7 @@ def forced_rows(loaded: LoadedModel, ids: Tensor, answer: Tensor, cache: Cache) 
     logits = loaded.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
     rows = [torch.log_softmax(logits.float(), -1)]
     for token in answer[:-1].tolist():
-        step = torch.tensor([[token]], device=loaded.device)
+        step = torch.tensor([[token]], dtype=torch.int64, device=loaded.device)
         logits = loaded.model(input_ids=step, past_key_values=cache, use_cache=True).logits[0, -1]
         rows.append(torch.log_softmax(logits.float(), -1))
     return torch.stack(rows)

@@ -140,7 +140,10 @@ def _chunks(
     """Feed ``ids`` ``[1, tokens]`` through ``cache``; yield chunk starts and log-probabilities."""
     for start in range(0, ids.shape[1], chunk):
         piece = ids[:, start : start + chunk]
-        positions = torch.arange(start, start + piece.shape[1], device=ids.device) + first_position
+        first = first_position + start
+        positions = torch.arange(
+            first, first + piece.shape[1], dtype=torch.int64, device=ids.device
+        )
         logits = model(
             input_ids=piece, position_ids=positions[None], past_key_values=cache, use_cache=True
         ).logits[0]
@@ -190,7 +193,7 @@ def compare(
         name: _chunks(model, ids, factory(), chunk, first_position)
         for name, factory in factories.items()
     }
-    sums = {name: torch.zeros(4, dtype=torch.float64) for name in runs}
+    sums = {name: torch.zeros(4, dtype=torch.float64, device="cpu") for name in runs}
     scored = 0
     reference = _chunks(model, ids, DynamicCache(config=config), chunk, first_position)
     for start, expected in reference:
@@ -223,7 +226,7 @@ def _distances(expected: Tensor, got: Tensor, labels: Tensor) -> Tensor:
     kl = (p * (expected - got)).sum(-1)
     tv = 0.5 * (p - got.exp()).abs().sum(-1)
     top1 = expected.argmax(-1) == got.argmax(-1)
-    rows = torch.arange(labels.shape[0], device=labels.device)
+    rows = torch.arange(labels.shape[0], dtype=torch.int64, device=labels.device)
     lost = expected[rows, labels] - got[rows, labels]
     sums = [x.to(torch.float64).sum() for x in (kl, tv, top1, lost)]
     return torch.stack(sums).cpu()

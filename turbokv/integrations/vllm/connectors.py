@@ -147,12 +147,14 @@ def after_worker_call(engine_core: Any, method: Any) -> None:
 
 def forget_copies(blocks: Iterable[int], block_size: int) -> None:
     """Take the 16-bit copies of blocks (vLLM's) whose bytes came from elsewhere."""
-    ids = torch.tensor(sorted({int(block) for block in blocks}), dtype=torch.int64)
+    ids = torch.tensor(sorted({int(block) for block in blocks}), dtype=torch.int64, device="cpu")
     if not ids.numel():
         return
     for window in live_windows():
         ratio = block_size // window.page_size
-        pages = (ids[:, None] * ratio + torch.arange(ratio)).flatten()
+        pages = (
+            ids[:, None] * ratio + torch.arange(ratio, dtype=torch.int64, device="cpu")
+        ).flatten()
         window.invalidate(pages.to(window.device))
 
 

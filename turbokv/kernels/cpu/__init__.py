@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turbokv.core import ScaleRule, VectorFormat
-from turbokv.kernels import BackendUnavailableError
+from turbokv.kernels import BackendUnavailableError, arguments
 from turbokv.kernels.cpu import build
 from turbokv.kernels.cpu.build import LIBRARY
 
@@ -41,6 +41,9 @@ _RULES: dict[ScaleRule, int] = {
 }
 
 
+_TABLES = ("signs", "magnitudes", "boundaries", "levels")  # all fp32
+
+
 class _Format(ctypes.Structure):
     """``format_t`` of codec.h."""
 
@@ -49,7 +52,7 @@ class _Format(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("norm_dtype", "is_lattice", "is_mid_tread")),
         *((name, ctypes.c_float) for name in ("normaliser", "scale_factor", "plain_factor")),
         ("inverse_root", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("signs", "magnitudes", "boundaries", "levels")),
+        *((name, ctypes.c_void_p) for name in _TABLES),
     ]
 
 
@@ -158,13 +161,22 @@ def _prepare(fmt: VectorFormat) -> _Prepared:
     if known is not None:
         return known
     book = fmt.codebook
-    magnitudes = torch.tensor(book.magnitudes, dtype=torch.float32)
+    magnitudes = torch.tensor(book.magnitudes, dtype=torch.float32, device="cpu")
     tensors = (
         fmt.signs.contiguous(),
         magnitudes,
         book.boundaries.contiguous(),
         fmt.levels.contiguous(),
     )
+    sizes = (fmt.padded_dim, 1 << (fmt.bits - 1), (1 << (fmt.bits - 1)) - 1, 1 << fmt.bits)
+    for name, tensor, size in zip(_TABLES, tensors, sizes, strict=True):
+        # read as floats through an address: another dtype or device would be garbage
+        arguments.check_plain(tensor, name)
+        if (tensor.dtype, tensor.device.type) != (torch.float32, "cpu"):
+            wanted, got = "torch.float32 on cpu", f"{tensor.dtype} on {tensor.device}"
+            raise TypeError(f"{name}: wanted {wanted}, got {got}")
+        if tuple(tensor.shape) != (size,):
+            raise ValueError(f"{name}: wanted shape {[size]}, got {list(tensor.shape)}")
     structure = _Format(
         fmt.head_dim,
         fmt.padded_dim,
@@ -183,28 +195,15 @@ def _prepare(fmt: VectorFormat) -> _Prepared:
     return result
 
 
-def _matrix(x: Tensor, name: str) -> _Matrix:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name}: wanted float32, float16 or bfloat16, got {x.dtype}")
+def _matrix(x: Tensor) -> _Matrix:
     return _Matrix(x.data_ptr(), x.stride(0), x.stride(1), _DTYPES[x.dtype])
 
 
 def _check(packed: Tensor, norms: Tensor, x: Tensor, fmt: VectorFormat, dim: int, name: str) -> int:
-    """Refuse what the library would read or write past; return the number of vectors."""
-    count = x.shape[0]
-    wanted = (
-        (name, x, (count, dim), x.dtype),
-        ("packed", packed, (count, fmt.packed_dim), torch.uint8),
-        ("norms", norms, (count,), fmt.norm_dtype),
-    )
-    for label, tensor, shape, dtype in wanted:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{label}: wanted device cpu, got {tensor.device}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{label}: wanted shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{label}: wanted {dtype}, got {tensor.dtype}")
-    return count
+    """Refuse what the library would misread or write past; return the number of vectors."""
+    if isinstance(x, Tensor) and x.device.type != "cpu":
+        raise ValueError(f"{name}: wanted device cpu, got {x.device}")
+    return arguments.check_flat(x, packed, norms, fmt, dim, name)
 
 
 # --- the codec ------------------------------------------------------------------------------------
@@ -237,7 +236,7 @@ def _compress(
 ) -> None:
     library = _load()
     count = _check(packed, norms, x, fmt, fmt.head_dim, "x")
-    matrix = _matrix(x, "x")
+    matrix = _matrix(x)
     library.handle.turbokv_cpu_compress(
         ctypes.addressof(_prepare(fmt).structure),
         count,
@@ -285,7 +284,7 @@ def _decompress(
 ) -> None:
     library = _load()
     count = _check(packed, norms, out, fmt, fmt.padded_dim if rotated else fmt.head_dim, "out")
-    matrix = _matrix(out, "out")
+    matrix = _matrix(out)
     library.handle.turbokv_cpu_decompress(
         ctypes.addressof(_prepare(fmt).structure),
         count,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from turbokv.core import VectorFormat
+from turbokv.kernels import arguments
 from turbokv.kernels.cuda import library
 from turbokv.kernels.cuda.build import Variant
 from turbokv.kernels.cuda.library import format_text
@@ -46,8 +47,7 @@ def _tensor(
     x: Tensor, name: str, dtypes: Dtypes, shape: Shape, device: torch.device | None = None
 ) -> None:
     """Raise unless ``x`` is such a CUDA tensor whose last dimension is contiguous."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: wanted a torch.Tensor, got {type(x).__name__}")
+    arguments.check_plain(x, name)
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: wanted {' or '.join(map(str, dtypes))}, got {x.dtype}")
     fits = x.ndim == len(shape) and all(

@@ -278,7 +278,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         if rows > MAX_SINGLE_EXPANSIONS and not group.is_fresh:
             ends = cu_k[1:]
             at = [
-                torch.arange(end - q_len, end, dtype=torch.int64)
+                torch.arange(end - q_len, end, dtype=torch.int64, device="cpu")
                 for end, q_len in zip(ends, group.q_lens, strict=True)
             ]
             fresh = self._upload(torch.cat(at), torch.int64)
@@ -298,7 +298,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         )
 
     def _upload(self, values: list[int] | Tensor, dtype: torch.dtype) -> Tensor:
-        host = torch.as_tensor(values, dtype=dtype)
+        host = torch.as_tensor(values, dtype=dtype, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
@@ -307,7 +307,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         """Write the logical position of each query to the buffer that graphs read."""
         count = cam.num_actual_tokens
         buffer = scratch.current().keep("positions", self.max_num_tokens, torch.int64, self.device)
-        token = torch.arange(count, device=self.device)
+        token = torch.arange(count, dtype=torch.int64, device=self.device)
         starts = cam.query_start_loc[: cam.num_reqs + 1]
         row = torch.searchsorted(starts[1:], token, right=True, out_int32=True)
         row.clamp_(max=cam.num_reqs - 1)  # padding, which is stored nowhere

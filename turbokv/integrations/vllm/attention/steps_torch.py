@@ -57,8 +57,8 @@ def store(
             offset = layer.k_offset[positions[keep] // SEGMENT]
             uncentred = x.square().sum(-1) < (x - offset).square().sum(-1)
             x = torch.where(uncentred[..., None], x, x - offset)
-        packed = torch.empty((*x.shape[:-1], fmt.packed_dim), dtype=torch.uint8)
-        norms = torch.empty(x.shape[:-1], dtype=torch.float16)
+        packed = x.new_empty((*x.shape[:-1], fmt.packed_dim), dtype=torch.uint8)
+        norms = x.new_empty(x.shape[:-1], dtype=torch.float16)
         flat = x.reshape(-1, fmt.head_dim)
         kernels.compress(flat, fmt, packed.view(-1, fmt.packed_dim), norms.view(-1), "torch")
         if uncentred is not None:
@@ -84,13 +84,13 @@ def _read(
     tile_slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``begin`` to ``end - 1`` of a request in original space, float32."""
-    token = torch.arange(begin, end)
+    token = torch.arange(begin, end, dtype=torch.int64, device=table.device)
     slots = table.long()[token // page_size] * page_size + token % page_size
     layout = _layout(layer, page_size)
     found = []
     for part, (role, fmt) in enumerate((("k", layer.k_format), ("v", layer.v_format))):
         packed, norms = layout.gather(pages, slots, role)  # type: ignore[arg-type]
-        x = torch.empty((*norms.shape, fmt.padded_dim), dtype=torch.float32)
+        x = norms.new_empty((*norms.shape, fmt.padded_dim), dtype=torch.float32)
         kernels.decompress(
             packed.reshape(-1, fmt.packed_dim),
             norms.reshape(-1),
@@ -153,7 +153,9 @@ def _attention(
     logits = torch.einsum("qhd,khd->hqk", q.double(), keys) * sm_scale
     if logits_soft_cap > 0:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-    ahead = torch.arange(k.shape[0]) - torch.arange(k.shape[0] - q.shape[0], k.shape[0])[:, None]
+    first = k.shape[0] - q.shape[0]  # below zero where queries outnumber keys
+    own = torch.arange(first, k.shape[0], dtype=torch.int64, device=k.device)
+    ahead = torch.arange(k.shape[0], dtype=torch.int64, device=k.device) - own[:, None]
     hidden = (ahead > 0) & causal
     if sliding_window is not None:
         hidden |= ahead <= -sliding_window
@@ -212,7 +214,7 @@ def attend(
     version: int,
 ) -> Tensor:
     """Attend to 16-bit keys and values; returns the log-sum-exp, ``[num_heads, tokens]``."""
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     q_starts, k_starts = cu_q.tolist(), cu_k.tolist()
     for row in range(len(q_starts) - 1):
         own = slice(q_starts[row], q_starts[row + 1])

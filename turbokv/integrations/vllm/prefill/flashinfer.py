@@ -143,4 +143,4 @@ def reserve(memory: Scratch, device: torch.device) -> Tensor:
 
 
 def _int32(values: Any) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
+    return torch.tensor(list(values), dtype=torch.int32, device="cpu")

@@ -353,7 +353,7 @@ class RecentWindow:
         if self.tile_slots.device.type != "cuda":
             return self.metrics()
         if self._snapshot is None:
-            self._snapshot = torch.empty(8, dtype=torch.int64, pin_memory=True)
+            self._snapshot = torch.empty(8, dtype=torch.int64, device="cpu", pin_memory=True)
         found = None
         if self._pending is not None:
             if not self._pending.query():  # type: ignore[no-untyped-call]
@@ -491,11 +491,11 @@ class RecentWindow:
         counters[_IN_USE] = self.num_slots - max(len(unused) - given, 0)
         if given:
             counters[_HAND] = offered[given - 1] + 1
-        flat.copy_(torch.tensor(map_, dtype=torch.int32))
-        self._slot_tile.copy_(torch.tensor(owner, dtype=torch.int32))
-        self._slot_index.copy_(torch.tensor(index, dtype=torch.int32))
-        self._slot_state.copy_(torch.tensor(state, dtype=torch.int32))
-        self._counters.copy_(torch.tensor(counters))
+        flat.copy_(torch.tensor(map_, dtype=torch.int32, device="cpu"))
+        self._slot_tile.copy_(torch.tensor(owner, dtype=torch.int32, device="cpu"))
+        self._slot_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
+        self._slot_state.copy_(torch.tensor(state, dtype=torch.int32, device="cpu"))
+        self._counters.copy_(torch.tensor(counters, dtype=torch.int64, device="cpu"))
 
 
 def _until_compiled(launch: Callable[[], None]) -> None:
