@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from turbokv.centring import KeyOffsets
 from turbokv.codec import TurboKVCodec
+from turbokv.integrations.transformers import checks
 from turbokv.integrations.transformers.calibration_choice import choose_calibration
 from turbokv.kernels import Backend, check_backend
 
@@ -30,14 +31,6 @@ if TYPE_CHECKING:
 
 DEFAULT_WINDOW = 128
 DEFAULT_SINKS = 4
-
-
-def _check_count(value: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: wanted an int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name}: wanted 0 or more, got {value}")
-    return value
 
 
 class _Options:
@@ -111,6 +104,8 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
         # 16-bit models keep their own dtype; fp32 rounds to fp16, saturating, four times finer than
         # bf16
         self._held_dtype = self.dtype if self.dtype.itemsize == 2 else torch.float16
+        # the codec reads and gives 32 bits at most
+        self._codec_dtype = self.dtype if self.dtype.itemsize <= 4 else torch.float32
         calibration = self._calibration
         if calibration is not None:
             calibration = self._calibration = calibration.to(self.device)
@@ -172,7 +167,13 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
         -------
         tuple
             Keys and values of all tokens in the dtype of ``key_states``; not held by the cache.
+
+        Raises
+        ------
+        ValueError
+            If keys and values are of different batches, heads or lengths, or carry gradients.
         """
+        checks.check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self._past()
@@ -203,6 +204,7 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
                 into = slice(low - padding, high - padding)
                 self._k_sinks[b, :, into] = self._held(keys[b, :, low - start : high - start])
                 self._v_sinks[b, :, into] = self._held(values[b, :, low - start : high - start])
+        keys, values = keys.to(self._codec_dtype), values.to(self._codec_dtype)
         if layer is not None:
             keys, values = layer.fold_k(keys), layer.fold_v(values)
         offset = self._offset(start, count)
@@ -219,11 +221,12 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
         layer = self._calibration
         offset = self._offset(0, self._compressed)
         keys = self._k_codec.decompress_k(
-            self._k_packed, self._k_norms, offset=offset, dtype=self.dtype
+            self._k_packed, self._k_norms, offset=offset, dtype=self._codec_dtype
         )
-        values = self._v_codec.decompress_v(self._v_packed, self._v_norms, dtype=self.dtype)
+        values = self._v_codec.decompress_v(self._v_packed, self._v_norms, dtype=self._codec_dtype)
         if layer is not None:
             keys, values = layer.unfold_k(keys), layer.unfold_v(values)
+        keys, values = keys.to(self.dtype), values.to(self.dtype)
         for b, padding in enumerate(self._padding):
             high = min(padding + self._options.sinks, self._compressed)
             if padding < high:
@@ -404,14 +407,14 @@ class TurboKVCache(Cache):  # type: ignore[misc]
         options = _Options(
             k_bits,
             v_bits,
-            _check_count(window, "window"),
-            _check_count(sinks, "sinks"),
+            checks.check_count(window, "window"),
+            checks.check_count(sinks, "sinks"),
             {"backend": check_backend(backend), **codec_options},
         )
         # a bad option must fail here, not in the middle of the first forward pass
         TurboKVCodec(64, k_bits, v_bits, **codec_options)
-        first_position = _check_count(first_position, "first_position")
-        padding = None if attention_mask is None else _left_padding(attention_mask)
+        first_position = checks.check_count(first_position, "first_position")
+        padding = None if attention_mask is None else checks.left_padding(attention_mask)
         measured = choose_calibration(config, calibration, k_bits, v_bits)
         if isinstance(config, torch.nn.Module):
             config = config.config
@@ -456,14 +459,6 @@ class TurboKVCache(Cache):  # type: ignore[misc]
             layer.nbytes() if isinstance(layer, TurboKVLayer) else _held_bytes(layer)
             for layer in self.layers
         )
-
-
-def _left_padding(attention_mask: Tensor) -> Tensor:
-    """Return the number of padding slots before each sequence's first real token."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
-        raise ValueError(f"attention_mask: wanted a tensor [batch, tokens], got {got}")
-    return (attention_mask != 0).to(torch.int8).argmax(dim=1).cpu()
 
 
 def _held_bytes(layer: object) -> int:
