@@ -41,6 +41,7 @@ OTHER_DISTRIBUTION = "turbokv"
 REINSTALL = "pip install --force-reinstall --no-deps turbokv_cache-*.whl"
 # Local version of the engine builds that carry TurboKV's hooks, e.g. 0.6.14+turbokv.1
 PATCHED_MARK = "+turbokv"
+_WITHOUT_KERNELS = "vLLM on a GPU needs them; elsewhere Triton or PyTorch runs in their place"
 _COMMAND_SECONDS = 15
 
 
@@ -316,14 +317,14 @@ def _check_extension() -> Check:
     try:
         found = library.load()
     except kernels.BackendUnavailableError as error:
-        return Check(name, "missing", str(error), "Triton or PyTorch runs in their place")
+        return Check(name, "missing", str(error), _WITHOUT_KERNELS)
     archs = " ".join(f"sm_{arch}" for arch in found.archs)
     detail = f"built with CUDA {found.cuda}, {len(found.variants)} variants, {archs}"
     if not found.is_current:
         return Check(name, "warn", f"{detail}, from other headers", library.REMEDY)
     reason = kernels.why_unavailable("cuda", "cuda", "pages")
     if reason is not None:
-        return Check(name, "warn", f"{detail}; {reason}", "Triton or PyTorch runs in their place")
+        return Check(name, "warn", f"{detail}; {reason}", _WITHOUT_KERNELS)
     return Check(name, "ok", detail)
 
 

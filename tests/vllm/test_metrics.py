@@ -72,6 +72,22 @@ def test_the_log_says_what_share_was_read_compressed(caplog: pytest.LogCaptureFi
     ]
 
 
+@pytest.mark.parametrize("folder", [None, "somewhere"])
+def test_the_log_says_once_what_puts_them_on_the_page(
+    folder: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    if folder is not None:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", folder)
+    metrics._say_where.cache_clear()
+    with caplog.at_level("INFO", logger="vllm.turbokv"):
+        for _ in range(2):
+            metrics.watch(RecentWindow(10, 16, 2, 48, 4, "cpu"))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (folder is None)
+    assert all("PROMETHEUS_MULTIPROC_DIR set to an empty folder" in text for text in said)
+
+
 def test_another_process_sees_them(tmp_path: Path) -> None:
     """As vLLM does it: the engine counts, the web server shows."""
     worker = textwrap.dedent("""

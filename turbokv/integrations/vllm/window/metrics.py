@@ -29,6 +29,7 @@ import torch
 from turbokv.integrations.vllm.window.pool import RecentWindow, WindowMetrics
 
 COUNTERS = ("tiles", "compressed", "refused", "evicted")
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 60.0
 logger = logging.getLogger("vllm.turbokv")
@@ -119,6 +120,20 @@ def watch(window: RecentWindow) -> None:
     """
     if os.environ.get("RANK", "0") == "0" and _rank() == 0:
         window.on_refresh = WindowReporter(window.number)
+        _say_where()
+
+
+@functools.cache
+def _say_where() -> None:
+    """Say once a process where the counters are, and what puts them on the page."""
+    if _FOLDER in os.environ:
+        return
+    logger.info(
+        "TurboKV: the 16-bit window's counters are in this log, once a minute, and not on /metrics:"
+        " for that start the server with %s set to an empty folder, or as `turbokv serve`, which"
+        " does so.",
+        _FOLDER,
+    )
 
 
 def _rank() -> int:
