@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -124,10 +125,30 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def free_cache_bytes(vllm_config: Any) -> int:
+def free_at_start() -> int:
+    """Return the device's memory that is free or PyTorch's, in bytes: what was free before weights.
+
+    As vLLM's own snapshot, it leaves out what other processes hold, and this one's CUDA context. 0
+    without a GPU.
+    """
+    if device().type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info()
+    return int(free) + int(torch.cuda.memory_reserved())
+
+
+def free_cache_bytes(vllm_config: Any, start_bytes: int) -> int:
     """Estimate what the KV cache will get, from the memory that is free now.
 
     Called when weights are loaded and nothing else is: activations and graphs still come off.
+
+    Parameters
+    ----------
+    vllm_config
+        vLLM's ``VllmConfig``.
+    start_bytes
+        Of :func:`free_at_start`, before weights were loaded. vLLM takes its share of the whole GPU
+        and counts off only what this process took since, so that others' memory is not ours.
     """
     cache = vllm_config.cache_config
     if cache.kv_cache_memory_bytes:
@@ -135,7 +156,8 @@ def free_cache_bytes(vllm_config: Any) -> int:
     if device().type != "cuda":
         return 1 << 30
     free, total = torch.cuda.mem_get_info()
-    return max(0, int(total * cache.gpu_memory_utilization) - (total - free))
+    wanted = math.ceil(total * float(cache.gpu_memory_utilization))
+    return max(0, wanted - max(0, start_bytes - free))
 
 
 @functools.cache

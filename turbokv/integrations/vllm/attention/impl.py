@@ -30,7 +30,7 @@ from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.prefill.flash_attention import Prefill, Workspace
 from turbokv.integrations.vllm.prefill.plan import workspace_floor
-from turbokv.integrations.vllm.window.pool import pool_slots
+from turbokv.integrations.vllm.window.pool import pool_slots, slots_per_request
 
 logger = init_logger(__name__)
 
@@ -94,6 +94,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         self.is_draft = compat.makes_drafter() or any(impl.is_loaded for impl in self._impls())
         self._is_calibrated = False
         self.device = compat.device()
+        self.start_bytes = compat.free_at_start()
         self.steps: ModuleType = _steps(self.device)
         fa_version = 0
         self.prefills_in_slices = False
@@ -132,7 +133,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         """Load kernels and calibration, and allocate 16-bit copies; again after a reload."""
         self.is_loaded = True
         if self.sinks is not None:
-            self.attention_sinks.logits = self.sinks.detach().to(torch.float32).contiguous()
+            self.attention_sinks.load(self.sinks)
         if self.kv_sharing_target_layer_name is not None:
             return
         if self.options.calibration is not None:
@@ -167,26 +168,44 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         if not connectors.keeps_window(self.vllm_config):
             logger.warning_once("TurboKV: no 16-bit window, as this KV connector would break it.")
             return
-        layers = self._cache_layers()
-        made = [layer.copies.shape[0] for layer in layers if layer.copies is not None]
-        if made:
-            num_slots = made[0]
-        else:
-            num_slots = pool_slots(
-                compat.free_cache_bytes(self.vllm_config),
-                total_copy_bytes(layers),
-                self.vllm_config.scheduler_config.max_num_seqs,
-                fraction=self.options.window_pool_fraction,
-                window=self.options.window,
-                sinks=self.options.sinks,
-            )
+        impls = self._storing()
+        made = [impl.cache.copies.shape[0] for impl in impls if impl.cache.copies is not None]
+        num_slots = made[0] if made else self._pool_slots(impls)
+        if num_slots > 0:
+            self.cache.make_copies(num_slots, self.device)
+
+    def _pool_slots(self, impls: list[TurboKVImpl]) -> int:
+        """Return the slots of the pool, and say how many there are, or why there are none."""
+        # the first layer that was made has seen the memory before any other's weights
+        cache_bytes = compat.free_cache_bytes(self.vllm_config, impls[0].start_bytes)
+        slot_bytes = total_copy_bytes([impl.cache for impl in impls])
+        num_slots = pool_slots(
+            cache_bytes,
+            slot_bytes,
+            self.vllm_config.scheduler_config.max_num_seqs,
+            fraction=self.options.window_pool_fraction,
+            window=self.options.window,
+            sinks=self.options.sinks,
+        )
+        if num_slots > 0:
             logger.info_once(
                 "TurboKV: 16-bit copies of %d tiles of 16 tokens (%.2f GiB).",
                 num_slots,
-                num_slots * total_copy_bytes(layers) / 2**30,
+                num_slots * slot_bytes / 2**30,
             )
-        if num_slots > 0:
-            self.cache.make_copies(num_slots, self.device)
+            return num_slots
+        each = slots_per_request(self.options.window, self.options.sinks)
+        logger.warning_once(
+            "TurboKV: no 16-bit window, though %d tokens and %d sinks were asked for: copies for"
+            " one request take %.3f GiB, and window_pool_fraction %g of a cache of about %.3f GiB"
+            " is less. Raise window_pool_fraction, or give the cache more memory.",
+            self.options.window,
+            self.options.sinks,
+            each * slot_bytes / 2**30,
+            self.options.window_pool_fraction,
+            cache_bytes / 2**30,
+        )
+        return 0
 
     def _impls(self) -> list[TurboKVImpl]:
         """Return the implementations of this class that the engine has so far."""
@@ -194,8 +213,9 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         impls = [getattr(layer, "impl", None) for layer in context.values()]
         return [impl for impl in impls if isinstance(impl, TurboKVImpl)]
 
-    def _cache_layers(self) -> list[CacheLayer]:
-        return [impl.cache for impl in self._impls() if impl.kv_sharing_target_layer_name is None]
+    def _storing(self) -> list[TurboKVImpl]:
+        """Return those of them that have pages of their own, in the order of their making."""
+        return [impl for impl in self._impls() if impl.kv_sharing_target_layer_name is None]
 
     @property
     def _decode_name(self) -> str:

@@ -59,6 +59,31 @@ class AttentionSinks:
 
     logits: Tensor | None = None
 
+    def load(self, weights: Tensor) -> None:
+        """Take the logits from a model's weights, in place after the first time.
+
+        Captured graphs hold the address, so weights that are loaded again must not move it.
+        """
+        if self.logits is None:
+            self.logits = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
+        self.logits.copy_(weights.detach())
+
+
+def apply_attention_sinks(out: Tensor, lse: Tensor, logits: Tensor) -> None:
+    """Let sinks take their share of probabilities that were computed without them.
+
+    Parameters
+    ----------
+    out
+        ``[tokens, num_qo_heads, head_dim]``, changed in place.
+    lse
+        float32 ``[num_qo_heads, tokens]``: natural log-sum-exp of the scores without sinks.
+    logits
+        float32 ``[num_qo_heads]``.
+    """
+    share = torch.sigmoid(lse - logits[:, None]).t()[..., None]
+    out.mul_(share)  # multiplied in float32, rounded once
+
 
 @dataclass(eq=False)
 class CacheLayer:

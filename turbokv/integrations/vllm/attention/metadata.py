@@ -127,7 +127,11 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             layer.impl.follow(layer)
         self.is_draft = all(layer.impl.is_draft for layer in layers)
         self.is_sliced = any(layer.impl.prefills_in_slices for layer in layers)
-        self.is_centred = any(layer.impl.cache.k_offset is not None for layer in layers)
+        # Layers that read another's pages may have a builder of their own, with other queries in a
+        # step (fast prefill): what is about storing is the storing layers' builder's.
+        stored = [layer for layer in layers if layer.impl.kv_sharing_target_layer_name is None]
+        self.stores = bool(stored)
+        self.is_centred = any(layer.impl.cache.k_offset is not None for layer in stored)
         for layer in layers:
             layer.impl.reserve(device)
 
@@ -335,7 +339,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             metrics.watch(shared.window)
         # Where target and drafter share the map, it follows the target's steps alone: drafts in a
         # tile that is not there yet are read compressed, and no tile leaves before its time.
-        if refresh and not (self.is_draft and shared.has_target_layers):
+        if refresh and self.stores and not (self.is_draft and shared.has_target_layers):
             reqs = cam.num_reqs
             query_lens = cam.query_start_loc[: reqs + 1].diff()
             shared.window.refresh(cam.block_table_tensor[:reqs], cam.seq_lens[:reqs], query_lens)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from turbokv.integrations.vllm import compat
-from turbokv.integrations.vllm.attention.layer import CacheLayer
+from turbokv.integrations.vllm.attention.layer import CacheLayer, apply_attention_sinks
 from turbokv.kernels import cuda
 
 
@@ -163,7 +163,8 @@ def attend(
         Log-sum-exp, float32 ``[num_heads, tokens]``, natural, without ``sinks``.
     """
     extra: dict[str, Any] = {}
-    if sinks is not None and version == 3:
+    takes_sinks = version == 3
+    if sinks is not None and takes_sinks:
         extra["s_aux"] = sinks.to(q.dtype)
     _, lse = compat.flash_attention()(
         q=q,
@@ -183,6 +184,8 @@ def attend(
         **extra,
     )
     result: Tensor = lse
+    if sinks is not None and not takes_sinks:
+        apply_attention_sinks(out, result, sinks)
     return result
 
 

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from turbokv.integrations.vllm.attention import scratch
-from turbokv.integrations.vllm.attention.layer import AttentionShape, AttentionSinks, CacheLayer
+from turbokv.integrations.vllm.attention.layer import (
+    AttentionShape,
+    AttentionSinks,
+    CacheLayer,
+    apply_attention_sinks,
+)
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.prefill.plan import Group
 
@@ -310,8 +315,7 @@ class Prefill:
     def _apply_sinks(self, out: Tensor, lse: Tensor) -> None:
         """Let sinks take their share of probabilities that were computed without them."""
         if self.sinks.logits is not None:
-            share = torch.sigmoid(lse - self.sinks.logits[:, None]).t()[..., None]
-            out.mul_(share.to(out.dtype))
+            apply_attention_sinks(out, lse, self.sinks.logits)
 
     def _attend(
         self,

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models of the text-generation architectures that Transformers and vLLM both have."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+VOCAB = 512
+# Large enough for attention to look at particular tokens, small enough for logits to stay sane.
+SPREAD = 0.05
+
+# What every configuration gets that has such a field; its own settings come on top.
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "initializer_range": SPREAD,
+    "sliding_window": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+    # mixtures of experts
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+    "moe_shared_expert_intermediate_size": 128,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    # Mamba
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 16,
+    "mamba_d_ssm": 512,
+    "mamba_n_groups": 1,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+    # gated delta rule
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of model.
+
+    Attributes
+    ----------
+    model_type
+        Of Transformers' configuration.
+    settings
+        On top of what all get.
+    refusal
+        Words of the sentence that refuses it, or None where it is served.
+    engine
+        More arguments for vLLM.
+    unscaled
+        Whether scores are not divided by the root of the head size: trained weights of the queries'
+        norm are small then, and so are these.
+    unavailable
+        Why this vLLM cannot run it on its CPU engine even with a 16-bit cache, or None.
+    """
+
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+    engine: dict[str, Any] = field(default_factory=dict)
+    unscaled: bool = False
+    unavailable: str | None = None
+
+
+_MLA = "multi-head latent attention is not supported"
+_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+_THREE_TO_ONE = {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+_FAST_PREFILL = {"kv_sharing_fast_prefill": True}
+
+ZOO: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture("llama"),
+    "MistralForCausalLM": Architecture("mistral"),
+    "Ministral3ForCausalLM": Architecture("ministral3"),
+    "MixtralForCausalLM": Architecture("mixtral"),
+    "Llama4ForCausalLM": Architecture(
+        "llama4_text",
+        {
+            "attention_chunk_size": 128,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 1, 1, 0],
+            "moe_layers": [0, 1, 2, 3],
+            "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+            "intermediate_size_mlp": 256,
+        },
+    ),
+    "Qwen2ForCausalLM": Architecture("qwen2"),
+    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "Qwen2MoeForCausalLM": Architecture("qwen2_moe"),
+    "Qwen3MoeForCausalLM": Architecture("qwen3_moe"),
+    "Qwen3NextForCausalLM": Architecture("qwen3_next", _THREE_TO_ONE),
+    "Qwen3_5ForCausalLM": Architecture("qwen3_5_text", _THREE_TO_ONE),
+    "Qwen3_5MoeForCausalLM": Architecture("qwen3_5_moe_text", _THREE_TO_ONE),
+    "GemmaForCausalLM": Architecture("gemma"),
+    "Gemma2ForCausalLM": Architecture("gemma2", {**_WINDOWS, "query_pre_attn_scalar": 64}),
+    "Gemma3ForCausalLM": Architecture("gemma3_text", {**_WINDOWS, "query_pre_attn_scalar": 64}),
+    "Gemma3nForCausalLM": Architecture(
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [256] * 6,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 32,
+            "laurel_rank": 16,
+        },
+        unscaled=True,
+    ),
+    "Gemma4ForCausalLM": Architecture(
+        "gemma4_text",
+        {
+            **_WINDOWS,
+            "head_dim": 64,
+            "global_head_dim": 128,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+        unscaled=True,
+    ),
+    "GptOssForCausalLM": Architecture("gpt_oss", _WINDOWS),
+    "Phi3ForCausalLM": Architecture("phi3", {"sliding_window": None}),
+    "GraniteForCausalLM": Architecture("granite"),
+    "GraniteMoeForCausalLM": Architecture("granitemoe"),
+    "GraniteMoeHybridForCausalLM": Architecture(
+        "granitemoehybrid", {"layer_types": ["mamba", "mamba", "mamba", "attention"]}
+    ),
+    "NemotronForCausalLM": Architecture("nemotron"),
+    "NemotronHForCausalLM": Architecture(
+        "nemotron_h", {"layers_block_type": ["mamba", "attention", "mlp", "attention"]}
+    ),
+    "FalconForCausalLM": Architecture(
+        "falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}
+    ),
+    "FalconH1ForCausalLM": Architecture("falcon_h1"),
+    "Zamba2ForCausalLM": Architecture(
+        "zamba2",
+        {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
+    ),
+    "JambaForCausalLM": Architecture("jamba"),
+    "Glm4ForCausalLM": Architecture("glm4"),
+    "Glm4MoeForCausalLM": Architecture("glm4_moe"),
+    "Olmo2ForCausalLM": Architecture("olmo2"),
+    "OlmoeForCausalLM": Architecture("olmoe"),
+    "DeepseekV2ForCausalLM": Architecture("deepseek_v2", refusal=_MLA),
+    "DeepseekV3ForCausalLM": Architecture("deepseek_v3", refusal=_MLA),
+    "CohereForCausalLM": Architecture("cohere"),
+    "Cohere2ForCausalLM": Architecture("cohere2", _WINDOWS),
+    "Starcoder2ForCausalLM": Architecture("starcoder2"),
+    "GPT2LMHeadModel": Architecture("gpt2"),
+    "GPTJForCausalLM": Architecture("gptj"),
+    "OPTForCausalLM": Architecture("opt"),
+    "BloomForCausalLM": Architecture("bloom", refusal="alibi"),
+    "StableLmForCausalLM": Architecture("stablelm"),
+    "ApertusForCausalLM": Architecture("apertus"),
+    "Ernie4_5ForCausalLM": Architecture("ernie4_5"),
+    "Exaone4ForCausalLM": Architecture("exaone4", _WINDOWS),
+    "Lfm2ForCausalLM": Architecture(
+        "lfm2", {"layer_types": ["conv", "conv", "conv", "full_attention"]}
+    ),
+    "MiniCPM3ForCausalLM": Architecture("minicpm3"),
+    "MiniMaxM2ForCausalLM": Architecture("minimax_m2"),
+}
+
+
+def small_config(name: str) -> Any:
+    """Return a small configuration of an architecture."""
+    from transformers import AutoConfig
+
+    entry = ZOO[name]
+    plain = AutoConfig.for_model(entry.model_type)
+    known = plain.to_dict()
+    fields = {key: value for key, value in _SMALL.items() if key in known}
+    config = AutoConfig.for_model(entry.model_type, **(fields | entry.settings))
+    config.architectures = [name]
+    return config
+
+
+def make(name: str, folder: pathlib.Path, seed: int = 0) -> str:
+    """Write a small random model of an architecture to ``folder`` once, and return its path."""
+    path = folder / name
+    if not (path / "config.json").exists():
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        config, entry = small_config(name), ZOO[name]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for key, weight in model.named_parameters():
+            # what some classes leave as the allocator gave it
+            if not weight.isfinite().all() or weight.abs().max() > 8:
+                torch.nn.init.normal_(weight, std=SPREAD)
+            if entry.unscaled and key.endswith("q_norm.weight"):
+                weight.data.mul_(weight.numel() ** -0.5)
+        model.save_pretrained(path)
+        written = json.loads((path / "config.json").read_text())
+        written.pop("transformers_version", None)
+        written["architectures"] = [name]
+        (path / "config.json").write_text(json.dumps(written))
+    return str(path)
