@@ -22,6 +22,7 @@ from torch import Tensor
 
 from turbokv.centring import SEGMENT, KeyOffsets, Rotary
 from turbokv.core import Codebook
+from turbokv.files import written_whole
 
 FORMAT = "turbokv-calibration"
 SKETCH_SIZE = 64
@@ -352,13 +353,9 @@ class Calibration:
         }
         # clones, because layers may share a tensor of rotary frequencies and safetensors refuses
         # that
-        partial = path.with_name(path.name + ".partial")
-        save_file(
-            {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-            partial,
-            metadata={FORMAT: json.dumps(header)},
-        )
-        partial.replace(path)
+        whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+        with written_whole(path, "path") as fresh:
+            save_file(whole, fresh, metadata={FORMAT: json.dumps(header)})
 
     @classmethod
     def load(

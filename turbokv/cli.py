@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.panel import Panel
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+
+from turbokv.files import check_writable
 
 if TYPE_CHECKING:
     from turbokv.calibration import Calibration
@@ -39,11 +39,23 @@ WindowOption = Annotated[int, typer.Option(min=0, help="Newest tokens kept in 16
 SinksOption = Annotated[int, typer.Option(min=0, help="First tokens kept in 16 bits.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...")]
 DtypeOption = Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16, float16.")]
+_DTYPES = ("float32", "bfloat16", "float16")
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves PyTorch's choice.")]
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
+    typer.echo(json.dumps(_json(value), indent=2, allow_nan=False, default=str))
+
+
+def _json(value: object) -> object:
+    """Return ``value`` for JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(entry) for entry in value]
+    return value
 
 
 def _progress() -> Progress:
@@ -53,38 +65,47 @@ def _progress() -> Progress:
     )
 
 
-def _load(path: pathlib.Path | None, dtype: str, device: str, threads: int = 0) -> LoadedModel:
-    """Load a model; the one import of PyTorch and Transformers that a user waits for."""
+def _check_compute(dtype: str, device: str, threads: int) -> None:
+    """Refuse what no model could run with; the import of PyTorch that a user waits for."""
     # Nothing here may reach for the network: every model is a local path.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
+    from turbokv.codec import usable_device
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: wanted {' or '.join(_DTYPES)}, got {dtype!r}")
+    if usable_device(device).type == "meta":
+        raise ValueError(f"device: wanted one that can compute, got {device!r}")
     try:
-        from turbokv.integrations.transformers import models
+        from turbokv.integrations.transformers import models  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
             "transformers: wanted the extra 'turbokv-cache[transformers]',"
             f" got no module {error.name!r}"
         ) from error
-    chosen = getattr(torch, dtype, None)
-    if chosen not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype: wanted float32, bfloat16 or float16, got {dtype!r}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: wanted a device that PyTorch can use, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
+
+
+def _load(path: pathlib.Path | None, dtype: str, device: str) -> LoadedModel:
+    """Load a model; everything else that was asked for has been checked."""
+    import torch
+
+    from turbokv.integrations.transformers import models
+
     with _progress() as progress:
         progress.add_task(f"loading {path or 'SmolLM2-135M-Instruct'}")
-        return models.load_model(path, dtype=chosen, device=device)
+        return models.load_model(path, dtype=getattr(torch, dtype), device=device)
 
 
-def _calibration(loaded: LoadedModel, path: pathlib.Path | None) -> Calibration | None:
-    if path is None:
+def _read_calibration(path: str | pathlib.Path | None) -> Calibration | None:
+    """Read a file before the model is loaded; whose it is can only be checked after."""
+    if path is None or path in ("auto", "none"):
         return None
     from turbokv.calibration import Calibration
-    from turbokv.integrations.transformers.models import fingerprint
 
-    return Calibration.load(path, fingerprint=fingerprint(loaded.model, loaded.name))
+    return Calibration.load(path)
 
 
 @app.command()
@@ -106,7 +127,10 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a chat message with and without a compressed cache, side by side."""
-    loaded = _load(model, dtype, device, threads)
+    _check_compute(dtype, device, threads)
+    _read_calibration(calibration)
+    loaded = _load(model, dtype, device)
+    from turbokv.integrations.transformers import report
     from turbokv.integrations.transformers.demo import run_demo
 
     with _progress() as progress:
@@ -124,35 +148,19 @@ def demo(
     if as_json:
         _print_json(result.to_dict())
         return
-    name = f"K{k_bits or bits}V{v_bits or bits}, window {window}, sinks {sinks}"
-    answers = Table.grid(expand=True, padding=(0, 1))
-    answers.add_row(
-        Panel(result.full.text, title=f"{dtype} cache"),
-        Panel(result.compressed.text, title=f"TurboKV {name}"),
-    )
-    console.print(answers)
-    table = Table(title=f"{result.model}, {result.prompt_tokens} prompt tokens")
-    table.add_column("")
-    table.add_column(f"{dtype} cache", justify="right")
-    table.add_column("TurboKV", justify="right")
-    full, ours = result.full, result.compressed
-    table.add_row(
-        "cache held (measured), bytes",
-        f"{full.cache_bytes:,}",
-        f"{ours.cache_bytes:,} ({result.bytes_ratio:.2f}x less)",
-    )
-    table.add_row(
-        "decode, tokens/s", f"{full.tokens_per_second:.1f}", f"{ours.tokens_per_second:.1f}"
-    )
-    table.add_row(
-        "first token, s",
-        f"{full.seconds_to_first_token:.2f}",
-        f"{ours.seconds_to_first_token:.2f}",
-    )
-    table.add_row("tokens agreeing", f"{full.tokens}", f"{result.agreeing_tokens}")
-    table.add_row("same top token, given the answer", "", f"{result.top1:.1%}")
-    table.add_row("KL a token, given the answer", "0", f"{result.kl:.5f}")
-    console.print(table)
+    settings = f"K{k_bits or bits}V{v_bits or bits}, window {window}, sinks {sinks}"
+    for table in report.demo_tables(result, dtype, settings):
+        console.print(table)
+
+
+def _counts(text: str, name: str, least: int) -> list[int]:
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: wanted a comma list of numbers, got {text!r}") from None
+    if min(found) < least:
+        raise ValueError(f"{name}: wanted {least} or more, got {min(found)}")
+    return found
 
 
 def _names(text: str, default: tuple[str, ...]) -> list[str]:
@@ -204,30 +212,43 @@ def evaluate(
 
     Figures are means over the scored tokens of all passages, with one standard error over passages.
     """
-    loaded = _load(model, dtype, device, threads)
+    _check_compute(dtype, device, threads)
     from turbokv.integrations.transformers import evaluate as ev
+    from turbokv.integrations.transformers import report
     from turbokv.integrations.transformers.calibrate import calibrate as measure
     from turbokv.integrations.transformers.calibration_choice import auto_calibration
+    from turbokv.integrations.transformers.models import fingerprint
 
     ours = list(ev.SHORT_PRESETS) if presets == "short" else _names(presets, ev.PRESETS)
     theirs = _names(rivals, ev.RIVALS)
     unknown = sorted(set(theirs) - set(ev.RIVALS))
     if unknown:
         raise ValueError(f"rivals: wanted some of {list(ev.RIVALS)}, got {unknown}")
+    if not ours and not theirs:
+        raise ValueError("presets: wanted some, as rivals are 'none', got none")
     wanted = {ev.Preset.parse(name, window, sinks).calibration for name in ours}
+    contexts = _counts(needle_contexts, "needle_contexts", ev.LEAST_NEEDLE_CONTEXT)
+    if chunk >= tokens:
+        raise ValueError(f"chunk: wanted fewer than the {tokens} tokens of a passage, got {chunk}")
     own_text = ev.read_text(text)
-    reserve = 4096 if "centred" in wanted and calibration is None and not calibration_text else 0
+    other_text = ev.read_text(calibration_text) if calibration_text else None
+    given = _read_calibration(calibration)
+    if plot is not None:
+        report.check_plot(plot)
+    loaded = _load(model, dtype, device)
+    if given is not None:
+        given.check_model(fingerprint(loaded.model, loaded.name))
+    reserve = 4096 if "centred" in wanted and given is None and other_text is None else 0
     sample = ev.sample_text(loaded.tokenizer, own_text, tokens, passages, reserve)
     held_out = sample.held_out
     calibrations: dict[str, Any] = {}
     with _progress() as progress:
         task = progress.add_task("calibrating")
-        given = _calibration(loaded, calibration)
         if given is not None:
             calibrations["centred"] = given
         elif "centred" in wanted:
-            if calibration_text:
-                held_out = ev.encode(loaded.tokenizer, ev.read_text(calibration_text))
+            if other_text is not None:
+                held_out = ev.encode(loaded.tokenizer, other_text)
             calibrations["centred"] = measure(
                 loaded.model,
                 held_out.to(loaded.device),
@@ -255,7 +276,7 @@ def evaluate(
                 loaded.tokenizer,
                 ["full", *theirs, *ours],
                 calibrations,
-                contexts=[int(c) for c in needle_contexts.split(",")],
+                contexts=contexts,
                 window=window,
                 sinks=sinks,
                 progress=lambda what: progress.update(task, description=what),
@@ -264,13 +285,7 @@ def evaluate(
         f"{loaded.name}, {text}, {passages} x {tokens} tokens in chunks of {chunk}, first position"
         f" {first_position}, window {window}, sinks {sinks}, {dtype} on {device}"
     )
-    if plot is not None:
-        try:
-            ev.plot_quality(rows, plot, title)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"plot: wanted the extra 'turbokv-cache[plots]', got no module {error.name!r}"
-            ) from error
+    # shown before the plot is drawn, which may fail
     if as_json:
         _print_json(
             {
@@ -280,51 +295,14 @@ def evaluate(
                 "needle": [dataclasses.asdict(cell) for cell in cells],
             }
         )
-        return
-    spread = "± one standard error over passages" if passages > 1 else "one passage: spread unknown"
-    # in a narrow terminal names fold; a figure is never cut, hence no room for frames
-    table = Table(title=title, caption=spread, box=SIMPLE_HEAD, padding=0)
-    table.add_column("cache", overflow="fold")
-    for heading in ("bits", "KL", "x fp8", "x int4", "1-TV", "top-1", "ppl"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in sorted(rows, key=lambda r: (-r.bits, r.kl)):
-        table.add_row(
-            f"[dim]{row.name}[/dim]" if row.rival else row.name,
-            f"{row.bits:.2f}",
-            _with_error(row.kl, row.kl_error, 5),
-            _with_error(row.kl_over_fp8, row.kl_over_fp8_error, 2),
-            _with_error(row.kl_over_int4, row.kl_over_int4_error, 2),
-            f"{row.one_minus_tv:.4f}",
-            f"{row.top1:.4f}",
-            f"{row.perplexity_ratio:.4f}",
-        )
-    console.print(table)
-    if cells:
-        console.print(_needle_table(cells))
+    else:
+        console.print(report.quality_table(rows, title))
+        if cells:
+            console.print(report.needle_table(cells))
     if plot is not None:
-        console.print(f"plot written to {plot}")
-
-
-def _with_error(value: float | None, error: float | None, digits: int) -> str:
-    if value is None:
-        return ""
-    return f"{value:.{digits}f}" + ("" if error is None else f"±{error:.{digits}f}")
-
-
-def _needle_table(cells: list[Any]) -> Table:
-    table = Table(title="needle: codes repeated / depths tried (log-probability a token)")
-    contexts = sorted({cell.context for cell in cells})
-    table.add_column("cache")
-    for context in contexts:
-        table.add_column(str(context), justify="right")
-    for name in dict.fromkeys(cell.name for cell in cells):
-        columns = []
-        for context in contexts:
-            mine = [c for c in cells if c.name == name and c.context == context]
-            mean = sum(c.log_probability for c in mine) / len(mine)
-            columns.append(f"{sum(c.found for c in mine)}/{len(mine)} ({mean:.2f})")
-        table.add_row(name, *columns)
-    return table
+        report.plot_quality(rows, plot, title)
+        if not as_json:
+            console.print(f"plot written to {plot}")
 
 
 @app.command()
@@ -351,20 +329,23 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model's calibration (centred keys) and write it to a file."""
-    loaded = _load(model, dtype, device, threads)
+    check_writable(output, "output")
+    _check_compute(dtype, device, threads)
     from turbokv.integrations.transformers.calibrate import calibrate as measure
+    from turbokv.integrations.transformers.calibrate import check_parts
     from turbokv.integrations.transformers.evaluate import encode, read_text
     from turbokv.integrations.transformers.models import leading_token
 
-    ids = None
-    if text is not None:
-        ids = encode(loaded.tokenizer, read_text(text))
+    chosen = check_parts(tuple(part.strip() for part in parts.split(",")))
+    own_text = None if text is None else read_text(text)
+    loaded = _load(model, dtype, device)
+    ids = None if own_text is None else encode(loaded.tokenizer, own_text)
     with _progress() as progress:
         task = progress.add_task("running the model")
         result = measure(
             loaded.model,
             ids,
-            parts=tuple(p.strip() for p in parts.split(",")),
+            parts=chosen,
             k_bits=k_bits,
             v_bits=v_bits,
             context=context,
@@ -486,7 +467,7 @@ def main() -> None:
     """Run the command line; a mistake of the user prints one sentence and exits with 2."""
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         errors.print(f"[red]turbokv:[/red] {error}", highlight=False)
         sys.exit(2)
 

@@ -84,7 +84,7 @@ class TurboKVCodec:
         self.padded_dim = core.padded_dim(head_dim)
         self.k_bits, self.v_bits = _widths(k_bits, v_bits, bit_width)
         self.seed = seed
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         self.backend = kernels.check_backend(backend)
         kernels.resolve_backend(self.backend, self.device)
         self.dtype = dtype if dtype is None else _check_result_dtype(dtype)
@@ -427,7 +427,7 @@ def _check_result_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _usable_device(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
     """Return ``device`` with its index, or raise ValueError if PyTorch cannot use it."""
     try:
         found = torch.device(device)
@@ -442,6 +442,12 @@ def _usable_device(device: torch.device | str) -> torch.device:
             raise ValueError(
                 f"device: wanted one of {torch.cuda.device_count()} CUDA devices, got {device!r}"
             )
+        return found
+    # a name that PyTorch knows may still need another build or another machine
+    try:
+        torch.empty(0, dtype=torch.uint8, device=found)
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device: wanted one that PyTorch can use, got {device!r}") from error
     return found
 
 

@@ -109,6 +109,13 @@ def random_tokens(model: Any, count: int, seed: int = 0) -> Tensor:
     return ids.to(model.device)
 
 
+def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ``parts`` if :func:`calibrate` knows them all, else raise ValueError."""
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts: wanted some of {PARTS}, got {parts}")
+    return parts
+
+
 def _body(model: Any) -> Any:
     """Return the model without its head: logits of a text would take more memory than the rest."""
     return getattr(model, "base_model", model)
@@ -158,9 +165,7 @@ def calibrate(
     ValueError
         For unknown parts, or a text shorter than 64 tokens.
     """
-    unknown = set(parts) - set(PARTS)
-    if unknown or not parts:
-        raise ValueError(f"parts: wanted some of {PARTS}, got {parts}")
+    check_parts(parts)
     source = "random token ids" if ids is None else "text"
     if ids is None:
         ids = random_tokens(model, tokens)

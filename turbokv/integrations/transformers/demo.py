@@ -27,13 +27,13 @@ class Answer:
     cache_bytes
         Bytes of tensor storage the cache held at the end.
     tokens_per_second
-        Of decoding; the prompt's pass is not counted.
+        Of decoding; the prompt's pass is not counted. None for a single token.
     """
 
     text: str
     tokens: int
     cache_bytes: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     seconds_to_first_token: float
 
 
@@ -118,7 +118,7 @@ def generate_greedy(
         rows.append(torch.log_softmax(logits.float(), -1))
     seconds = time.perf_counter() - first
     text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-    speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else float("nan")
+    speed = (len(tokens) - 1) / seconds if len(tokens) > 1 else None
     answer = Answer(text.strip(), len(tokens), cache_nbytes(cache), speed, first - begin)
     ids = torch.tensor(tokens, dtype=torch.int64, device="cpu")
     return ids, torch.stack(rows), answer

@@ -373,6 +373,7 @@ def sample_text(
 
 _NEEDLE = "\n\nThe secret code of the blue warehouse is: {}.\n\n"
 _QUESTION = "\n\nThe secret code of the blue warehouse is:"
+LEAST_NEEDLE_CONTEXT = 64  # holds the planted sentence in any tokenizer
 _CODES = ("48213", "90517", "27364", "61985", "35072")
 
 
@@ -457,44 +458,3 @@ def needle_grid(
             if progress is not None:
                 progress(f"needle at {depth:.0%} of {context}")
     return cells
-
-
-# --- plot -----------------------------------------------------------------------------------------
-
-
-def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> None:
-    """Draw KL against bits a number (log scale) as a PNG; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
-    ours = [(row, Preset.parse(row.name)) for row in rows if not row.rival]
-    groups = {
-        "TurboKV, nothing kept": ([r for r, p in ours if not p.window], "o"),
-        "TurboKV, window and sinks": (
-            [r for r, p in ours if p.window and p.calibration == "none"],
-            "s",
-        ),
-        "TurboKV, and centred keys": ([r for r, p in ours if p.calibration == "centred"], "D"),
-        "TurboKV, centred without text": ([r for r, p in ours if p.calibration == "random"], "P"),
-        "vLLM's caches": ([r for r in rows if r.rival], "x"),
-    }
-    for label, (group, marker) in groups.items():
-        if not group:
-            continue
-        axes.scatter([r.bits for r in group], [r.kl for r in group], marker=marker, label=label)
-        for row in group:
-            name = row.name if row.rival else row.name.split("+")[0]
-            axes.annotate(
-                name, (row.bits, row.kl), textcoords="offset points", xytext=(5, 3), fontsize=7
-            )
-    axes.set_yscale("log")
-    axes.set_xlabel("stored bits per number (codes and scales)")
-    axes.set_ylabel("KL to full precision, nats a token")
-    axes.set_title(title, fontsize=9, wrap=True)
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are written whole or not at all, and checked to be writable before the work starts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["check_writable", "written_whole"]
+
+
+def check_writable(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+    """Return the file that ``path`` stands for, or raise if it could not be written.
+
+    Parameters
+    ----------
+    path
+        A file to be made or replaced; links are followed.
+    name
+        The argument's name, for the message.
+
+    Raises
+    ------
+    ValueError
+        If the folder is missing or may not be written to, or ``path`` is there and no plain file.
+    """
+    target = pathlib.Path(os.path.realpath(path))
+    wanted = f"{name}: wanted a file in a folder that can be written to, got {os.fspath(path)}"
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{wanted} (not a plain file)")
+    if not target.parent.is_dir():
+        raise ValueError(f"{wanted} (no folder {target.parent})")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{wanted} (no permission)")
+    return target
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str], name: str) -> Iterator[pathlib.Path]:
+    """Yield a new file beside ``path`` to write to, which becomes ``path`` when the block ends.
+
+    Readers see the old file or the new one, complete, even after a crash: the bytes are on the disk
+    before the name is. If the block raises, ``path`` is as it was and the new file is gone.
+
+    Parameters
+    ----------
+    path, name
+        As for :func:`check_writable`.
+
+    Yields
+    ------
+    Path
+        With the suffix of ``path``, which some writers choose their format by.
+    """
+    target = check_writable(path, name)
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+    descriptor, fresh = tempfile.mkstemp(
+        dir=target.parent, prefix=f".{target.stem}.", suffix=target.suffix
+    )
+    os.close(descriptor)
+    try:
+        yield pathlib.Path(fresh)
+        with open(fresh, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(fresh, mode)
+        os.replace(fresh, target)
+    except BaseException:
+        pathlib.Path(fresh).unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
