@@ -126,17 +126,6 @@ def test_json_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) 
 
 EVAL = ["eval", "--tokens", "128", "--passages", "2", "--json"]
 EVAL += ["--presets", "k4v4+w16", "--rivals", "fp8"]
-    "eval",
-    "--tokens",
-    "128",
-    "--passages",
-    "2",
-    "--presets",
-    "k4v4+w16",
-    "--rivals",
-    "fp8",
-    "--json",
-]
 
 
 def test_scores_outlive_a_plot_that_fails(
