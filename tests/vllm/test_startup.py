@@ -71,12 +71,29 @@ def test_a_plain_configuration_passes() -> None:
     hooks.check_and_update_config(config())
 
 
+def test_a_backend_that_vllm_itself_asks_for_is_taken() -> None:
+    """Triton's, for two head sizes, where FlashAttention 4 is missing (Gemma 4)."""
+    sizes = SimpleNamespace(layer_types=None, head_dim=256, global_head_dim=512)
+    triton = {"attention_config__backend": SimpleNamespace(name="TRITON_ATTN")}
+    gemma4 = config(model_config__hf_text_config=sizes, **triton)
+    hooks.check_and_update_config(gemma4)
+    assert gemma4.attention_config.backend is None
+    with pytest.raises(ValueError, match="wanted TURBOKV or none, got TRITON_ATTN"):
+        hooks.check_and_update_config(config(**triton))
+
+
+def test_images_whose_tokens_see_each_other_are_scheduled_whole() -> None:
+    found = config(model_config__is_mm_prefix_lm=True)
+    found.scheduler_config.disable_chunked_mm_input = False
+    hooks.check_and_update_config(found)
+    assert found.scheduler_config.disable_chunked_mm_input
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_config__use_mla": True}, "multi-head latent attention is not supported"),
         ({"model_config__is_encoder_decoder": True}, "encoder-decoder models are not supported"),
-        ({"model_config__is_mm_prefix_lm": True}, "bidirectional attention over image tokens"),
         ({"model_config__dtype": torch.float32}, "activations of torch.float32 are not supported"),
         ({"model_config__head_dim": 32}, "head_dim: wanted 33 to 512, got 32"),
         ({"model_config__head_dim": 576}, "head_dim: wanted 33 to 512, got 576"),

@@ -141,6 +141,11 @@ class TurboKVAttentionBackend(AttentionBackend):  # type: ignore[misc]
         return True
 
     @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """Tokens of an image may see each other (Gemma 3, Gemma 4)."""
+        return True
+
+    @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         """Ask for sm_80 or newer, as the kernels do."""
         return bool(capability.major >= 8)

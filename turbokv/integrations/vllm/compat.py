@@ -78,6 +78,13 @@ def layer_spec(layer: Any, vllm_config: Any) -> Any:
 # --- a forward pass and its layers ----------------------------------------------------------------
 
 
+def names_image_ranges() -> bool:
+    """Whether a step's metadata says which tokens of an image see each other (0.28 and newer)."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    return "mm_req_doc_ranges" in CommonAttentionMetadata.__dataclass_fields__
+
+
 def layer_metadata(layer_name: str) -> Any:
     """Return the attention metadata of a layer in the forward pass under way, or None."""
     metadata = get_forward_context().attn_metadata

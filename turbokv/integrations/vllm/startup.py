@@ -50,13 +50,31 @@ def _model(config: Any, options: Options) -> Iterator[str]:
         return
     if getattr(model, "is_encoder_decoder", False):
         yield "encoder-decoder models are not supported"
-    if getattr(model, "is_mm_prefix_lm", False):
-        yield "bidirectional attention over image tokens is not supported"
+    if getattr(model, "is_mm_prefix_lm", False) and _takes_images(model) and not _names_images():
+        yield (
+            "bidirectional attention over image tokens is not supported with this vLLM; serve text"
+            " only (--language-model-only), or use vLLM 0.28 or newer"
+        )
     if model.dtype not in (torch.float16, torch.bfloat16):
         yield f"activations of {model.dtype} are not supported; use float16 or bfloat16"
     head_dim = model.get_head_size()
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         yield f"head_dim: wanted {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+
+
+def _takes_images(model: Any) -> bool:
+    """Whether requests may hold images or videos (vLLM 0.26 does not ask itself)."""
+    multimodal = getattr(model, "multimodal_config", None)
+    if multimodal is None or getattr(multimodal, "language_model_only", False):
+        return False
+    return any(multimodal.get_limit_per_prompt(kind) for kind in ("image", "video"))
+
+
+def _names_images() -> bool:
+    """Whether this vLLM tells a step's builder which tokens are an image's."""
+    from turbokv.integrations.vllm import compat
+
+    return compat.names_image_ranges()
 
 
 def _speculation(config: Any, options: Options) -> Iterator[str]:
@@ -80,11 +98,23 @@ def _speculation(config: Any, options: Options) -> Iterator[str]:
         yield "turbokv.decode='decompress' is not supported with speculative decoding"
 
 
+def _is_vllms_choice(config: Any) -> bool:
+    """Whether vLLM itself asks for the backend: Triton's for two head sizes (Gemma 4).
+
+    It does so where FlashAttention 4 is missing, before anyone knows what serves the cache's dtype,
+    and only if the user has asked for none.
+    """
+    text = config.model_config.hf_text_config
+    sizes = {getattr(text, "head_dim", None), getattr(text, "global_head_dim", None)} - {None}
+    return len(sizes) > 1 and config.attention_config.backend.name == "TRITON_ATTN"
+
+
 def _cache(config: Any, options: Options) -> Iterator[str]:
     cache, attention = config.cache_config, config.attention_config
     is_ours = cache.cache_dtype in CACHE_DTYPES  # else only the drafter's is
-    if is_ours and attention.backend is not None and attention.backend.name != "TURBOKV":
-        yield f"attention_backend: wanted TURBOKV or none, got {attention.backend.name}"
+    backend = None if attention.backend is None else attention.backend.name
+    if is_ours and backend not in (None, "TURBOKV") and not _is_vllms_choice(config):
+        yield f"attention_backend: wanted TURBOKV or none, got {backend}"
     if options.path == "flashinfer":
         reason = flashinfer.why_unavailable()
         if reason is not None:
@@ -139,6 +169,12 @@ def _backend(config: Any, options: Options) -> None:
         config.attention_config.backend = None
 
 
+def _images(config: Any, options: Options) -> None:
+    """Schedule images whole where their tokens see each other, as vLLM does on a GPU."""
+    if getattr(config.model_config, "is_mm_prefix_lm", False):
+        config.scheduler_config.disable_chunked_mm_input = True
+
+
 def _connector(config: Any, options: Options) -> None:
     """Have KV connectors keyed by the identity of pages; other connectors are refused."""
     connectors.choose_module(config)
@@ -160,6 +196,7 @@ CHECKS: tuple[Callable[[Any, Options], Iterator[str]], ...] = (
 COMPLETIONS: tuple[Callable[[Any, Options], None], ...] = (
     _skip_layers,
     _backend,
+    _images,
     _connector,
     _scheduler,
 )

@@ -107,6 +107,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
                     " with the decode kernel, a few queries at a time.",
                     head_size,
                 )
+                self._check_images()
             fa_version = version or 0
         self.max_num_tokens = max_step_tokens(self.vllm_config)
         capacity = max(
@@ -128,6 +129,26 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         )
 
     # --- start-up -----------------------------------------------------------------------------
+
+    def _check_images(self) -> None:
+        """Refuse images whose tokens see each other where FlashAttention does not take the layer.
+
+        Raises
+        ------
+        ValueError
+            Unless the model's layers of this kind are causal in images, too (Gemma 4).
+        """
+        model = self.vllm_config.model_config
+        text = model.hf_text_config
+        is_causal = (
+            self.sliding_window is None
+            and getattr(text, "use_bidirectional_attention", None) == "vision"
+        )
+        if getattr(model, "is_mm_prefix_lm", False) and not is_causal:
+            raise ValueError(
+                f"head_dim: wanted one that FlashAttention takes here, as tokens of images see each"
+                f" other, got {self.head_size}; serve text only (--language-model-only)"
+            )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Load kernels and calibration, and allocate 16-bit copies; again after a reload."""
@@ -334,7 +355,9 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
                 md,
                 output[tokens],
             )
+        sees_images = md.mm_prefix_range is not None
         if md.sliced is not None:
+            assert not sees_images  # refused when the layer was made
             part = md.sliced
             self._attend_pages(
                 query[part.tokens],
@@ -349,7 +372,16 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             )
         for group in md.prefill:
             self.prefill.run(
-                group, query, key, value, pages, page_size, md.block_table, md.tile_slots, output
+                group,
+                query,
+                key,
+                value,
+                pages,
+                page_size,
+                md.block_table,
+                md.tile_slots,
+                output,
+                sees_images=sees_images,
             )
         return output
 

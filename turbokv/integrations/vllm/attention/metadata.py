@@ -29,6 +29,12 @@ from turbokv.integrations.vllm.limits import (
 )
 from turbokv.integrations.vllm.options import Options
 from turbokv.integrations.vllm.prefill.flash_attention import MAX_SINGLE_EXPANSIONS, PrefillGroup
+from turbokv.integrations.vllm.prefill.images import (
+    LaterTokens,
+    Ranges,
+    reversed_tokens,
+    spans,
+)
 from turbokv.integrations.vllm.prefill.plan import Group, chunks, plan, slices, workspace_floor
 from turbokv.integrations.vllm.window import metrics
 from turbokv.integrations.vllm.window.pool import RecentWindow
@@ -72,6 +78,9 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
         What the decode kernel does not take.
     sliced
         The same as rows that it does take, for heads that FlashAttention does not.
+    mm_prefix_range
+        First and last position of images whose tokens see each other, by row; None where there are
+        none. vLLM's name: Gemma 4 sets it to None for layers that are causal in images, too.
     plan_prefill
         Fills ``prefill`` or ``sliced``; None if they are filled, or nothing is prefilled.
     """
@@ -87,6 +96,7 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
     tile_slots: Tensor | None = None
     prefill: tuple[PrefillGroup, ...] = field(default=())
     sliced: SlicedPrefill | None = None
+    mm_prefix_range: Ranges | None = None
     plan_prefill: Callable[[TurboKVMetadata], None] | None = None
 
     def complete(self) -> None:
@@ -189,6 +199,10 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         )
         if self.options.decode == "decompress":
             num_decodes, num_prefills, num_decode_tokens = 0, cam.num_reqs, 0
+        ranges, first_row = self._images(cam)
+        if first_row < num_decodes:  # the end of an image, as short as a row of drafts
+            num_decodes, num_prefills = first_row, cam.num_reqs - first_row
+            num_decode_tokens = int(cam.query_start_loc_cpu[first_row])
         max_decode_len = cam.max_query_len
         if num_prefills:
             starts = cam.query_start_loc_cpu[: num_decodes + 1]
@@ -201,6 +215,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             seq_lens=cam.seq_lens,
             block_table=cam.block_table_tensor,
             query_start_loc=cam.query_start_loc,
+            mm_prefix_range=ranges,
         )
         if num_prefills:
             metadata.plan_prefill = functools.partial(self._plan_prefill, cam, num_decodes)
@@ -212,6 +227,34 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
         metadata.tile_slots = self._tile_slots(cam, refresh)
         return metadata
 
+    def _images(self, cam: CommonAttentionMetadata) -> tuple[Ranges | None, int]:
+        """Return the images of which the step has tokens, if any, and the first row with one."""
+        ranges = getattr(cam, "mm_req_doc_ranges", None)
+        if not ranges or not any(ranges.values()):
+            return None, cam.num_reqs
+        _, q_lens, seq_lens = self._lengths(cam, 0)
+        found = spans(ranges, 0, q_lens, seq_lens)
+        if not found:
+            return None, cam.num_reqs
+        return ranges, min(row for row, _, _ in found)
+
+    def _later_tokens(
+        self, ranges: Ranges, group: Group, first_row: int, cu_q: list[int]
+    ) -> LaterTokens | None:
+        """Put on the device which of a group's tokens see later ones; None if none do."""
+        seq_lens = [b + kv for b, kv in zip(group.begins, group.kv_lens, strict=True)]
+        found = spans(ranges, first_row, group.q_lens, seq_lens)
+        if not found:
+            return None
+        queries, keys, starts = reversed_tokens(found, cu_q)
+        table = self._upload([*queries, *keys], torch.int64)
+        return LaterTokens(
+            queries=table[: len(queries)],
+            keys=table[len(queries) :],
+            starts=self._upload(starts, torch.int32),
+            longest=max(b - a for a, b in itertools.pairwise(starts)),
+        )
+
     def _plan_prefill(
         self, cam: CommonAttentionMetadata, num_decodes: int, metadata: TurboKVMetadata
     ) -> None:
@@ -219,6 +262,14 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             metadata.sliced = self._slices(cam, num_decodes)
         else:
             metadata.prefill = self._prefill(cam, num_decodes)
+        if metadata.mm_prefix_range is not None:
+            for part in metadata.prefill:
+                part.images = self._later_tokens(
+                    metadata.mm_prefix_range,
+                    part.group,
+                    part.rows.start,
+                    _cumulative(part.group.q_lens),
+                )
 
     def _slices(self, cam: CommonAttentionMetadata, num_decodes: int) -> SlicedPrefill:
         starts, q_lens, seq_lens = self._lengths(cam, num_decodes)

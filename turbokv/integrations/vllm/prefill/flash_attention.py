@@ -19,6 +19,7 @@ from turbokv.integrations.vllm.attention.layer import (
     apply_attention_sinks,
 )
 from turbokv.integrations.vllm.prefill import flashinfer
+from turbokv.integrations.vllm.prefill.images import LaterTokens
 from turbokv.integrations.vllm.prefill.plan import Group
 
 # Above so many rows one launch for all is worth expanding their fresh tokens as well.
@@ -47,6 +48,8 @@ class PrefillGroup:
         Of a chunked row: first token, count, and the int32 table ``[0, count]``.
     planned
         FlashInfer's wrapper, where that path is taken.
+    images
+        Tokens that see later ones of their image; None where there are none.
     """
 
     group: Group
@@ -58,6 +61,7 @@ class PrefillGroup:
     fresh: Tensor | None = None
     pieces: tuple[tuple[int, int, Tensor], ...] = ()
     planned: Any = None
+    images: LaterTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ class Prefill:
         block_table: Tensor,
         tile_slots: Tensor | None,
         output: Tensor,
+        *,
+        sees_images: bool = False,
     ) -> None:
         """Attend with the rows of ``group``, writing their part of ``output``.
 
@@ -185,30 +191,118 @@ class Prefill:
             int32 ``[num_pages, page_size / 16]``, slots of 16-bit copies, or None.
         output
             As ``query``.
+        sees_images
+            Whether tokens of an image see the later ones of the same image.
         """
-        plan, tokens = group.group, group.tokens
+        tokens = group.tokens
         q, out = query[tokens], output[tokens]
         k = v = None
         if not self.reads_cache_only:
             k, v = key[tokens], value[tokens]
-            if plan.is_fresh:
-                self._attend(q, k, v, group.cu_q, group.cu_q, max(plan.q_lens), None, out)
-                return
-        if group.planned is not None:
-            lse = flashinfer.run(group.planned, self.storage(), q, pages, tile_slots, out)
-            self._apply_sinks(out, lse)
-            return
         cached = _Pages(pages, page_size, block_table[group.rows], tile_slots)
+        images = group.images if sees_images else None
+        # what is merged with another part afterwards must not have the sinks in it yet
+        with_sinks = images is None
+        lse = self._run_causal(group, q, k, v, cached, out, with_sinks)
+        if images is not None:
+            if k is None or v is None:
+                k, v = self._fresh_from_pages(group, cached)
+            self._attend_later(images, q, k, v, out, lse)
+            self._apply_sinks(out, lse)
+
+    def _run_causal(
+        self,
+        group: PrefillGroup,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cached: _Pages,
+        out: Tensor,
+        with_sinks: bool,
+    ) -> Tensor:
+        """Attend to a row's tokens up to each query; returns the log-sum-exps without sinks."""
+        plan = group.group
+        if plan.is_fresh and k is not None and v is not None:
+            longest = max(plan.q_lens)
+            return self._attend(
+                q, k, v, group.cu_q, group.cu_q, longest, None, out, with_sinks=with_sinks
+            )
+        if group.planned is not None:
+            lse = flashinfer.run(
+                group.planned, self.storage(), q, cached.pages, cached.tile_slots, out
+            )
+            if with_sinks:
+                self._apply_sinks(out, lse)
+            return lse
         if plan.is_chunked:
-            self._run_chunked(group, q, k, v, cached, out)
-            return
+            lse = self._run_chunked(group, q, k, v, cached, out)
+            if with_sinks:
+                self._apply_sinks(out, lse)
+            return lse
         total = sum(plan.kv_lens)
         all_k, all_v, _, _ = self.workspace.views(self.shape)
         all_k, all_v = all_k[:total], all_v[:total]
         self._expand(group, k, v, cached, all_k, all_v)
-        self._attend(
-            q, all_k, all_v, group.cu_q, group.cu_k, max(plan.q_lens), max(plan.kv_lens), out
+        return self._attend(
+            q,
+            all_k,
+            all_v,
+            group.cu_q,
+            group.cu_k,
+            max(plan.q_lens),
+            max(plan.kv_lens),
+            out,
+            with_sinks=with_sinks,
         )
+
+    def _fresh_from_pages(self, group: PrefillGroup, cached: _Pages) -> tuple[Tensor, Tensor]:
+        """Expand the fresh tokens of a layer that has no keys and values of its own."""
+        plan, shape = group.group, self.shape
+        size = (sum(plan.q_lens), shape.num_kv_heads, shape.head_dim)
+        k = torch.empty(size, dtype=self.workspace.dtype, device=self.workspace.device)
+        v = torch.empty_like(k)
+        at = 0
+        for row, (q_len, kv_len) in enumerate(zip(plan.q_lens, plan.kv_lens, strict=True)):
+            self.steps.expand(
+                self.storage(),
+                cached.pages,
+                cached.page_size,
+                cached.block_table[row],
+                k[at : at + q_len],
+                v[at : at + q_len],
+                cached.tile_slots,
+                first_token=plan.begins[row] + kv_len - q_len,
+            )
+            at += q_len
+        return k, v
+
+    def _attend_later(
+        self, images: LaterTokens, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Merge attention to the later tokens of each query's image into ``out`` and ``lse``."""
+        causal = out.index_select(0, images.queries)
+        causal_lse = lse.index_select(1, images.queries)
+        later = torch.empty_like(causal)
+        later_lse: Tensor = self.steps.attend(
+            q.index_select(0, images.queries),
+            k.index_select(0, images.keys),
+            v.index_select(0, images.keys),
+            images.starts,
+            images.starts,
+            images.longest,
+            images.longest,
+            later,
+            sm_scale=self.shape.sm_scale,
+            causal=True,
+            sliding_window=None,
+            logits_soft_cap=self.shape.logits_soft_cap,
+            sinks=None,
+            version=self.fa_version,
+        )
+        merged, merged_lse = torch.empty_like(causal), torch.empty_like(causal_lse)
+        self.steps.merge(merged, merged_lse, later, later_lse, causal, causal_lse)
+        out.index_copy_(0, images.queries, merged)
+        lse.index_copy_(1, images.queries, merged_lse)
 
     def _expand(
         self,
@@ -280,8 +374,11 @@ class Prefill:
         v: Tensor | None,
         cached: _Pages,
         out: Tensor,
-    ) -> None:
-        """Attend to fresh tokens, then to the older ones of the one row piece by piece."""
+    ) -> Tensor:
+        """Attend to fresh tokens, then to the older ones of the one row piece by piece.
+
+        Returns the log-sum-exps; sinks are not applied.
+        """
         q_len = group.group.q_lens[0]
         context = group.group.context_lens[0]
         room_k, room_v, partial, sums = self.workspace.views(self.shape)
@@ -310,7 +407,7 @@ class Prefill:
             merged = sums[turn % 2].view(-1)[: heads * q_len].view(heads, q_len)
             self.steps.merge(out, merged, piece, piece_lse, out, lse)
             lse = merged
-        self._apply_sinks(out, lse)
+        return lse
 
     def _apply_sinks(self, out: Tensor, lse: Tensor) -> None:
         """Let sinks take their share of probabilities that were computed without them."""
