@@ -8,6 +8,7 @@ where it is asked for. Modules are compiled, or found compiled, in the backgroun
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -41,6 +42,15 @@ def _xqa_module(cache: CacheName, page_size: int, head_dim: int, group_size: int
     get_xqa_module(BF16, _DTYPES[cache], page_size, head_dim, group_size, False, BF16, 1)
 
 
+def _import_error() -> Exception | None:
+    try:
+        for name in ("flashinfer", "flashinfer.prefill", "flashinfer.decode", "flashinfer.xqa"):
+            importlib.import_module(name)
+    except Exception as error:  # whatever a broken installation raises
+        return error
+    return None
+
+
 def start_builds(shapes: Iterable[Shape], page_size: int) -> Builds:
     """Compile all modules in the background, that of the first shape first.
 
@@ -57,6 +67,7 @@ def start_builds(shapes: Iterable[Shape], page_size: int) -> Builds:
         A future for each module, keyed by what is asked of it; it holds the error if there is one.
     """
     wanted: dict[tuple[object, ...], Callable[[], None]] = {}
+    found: Builds = {}
     for shape in shapes:
         dim, group = shape.head_dim, shape.num_qo_heads // shape.num_kv_heads
         names: tuple[CacheName, ...] = ("bf16", "fp8")
@@ -64,6 +75,13 @@ def start_builds(shapes: Iterable[Shape], page_size: int) -> Builds:
             wanted["xqa", name, dim, group] = partial(_xqa_module, name, page_size, dim, group)
         for name in (*names, "nvfp4"):
             wanted["fa2", name, dim] = partial(_fa2_module, name, dim)
+    # not first in threads that run at once: its modules import each other
+    failed = _import_error()
+    if failed is not None:
+        for key in wanted:
+            found[key] = Future()
+            found[key].set_exception(failed)
+        return found
     pool = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="flashinfer-build")
     found = {key: pool.submit(build) for key, build in wanted.items()}
     pool.shutdown(wait=False)

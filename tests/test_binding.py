@@ -435,7 +435,12 @@ def test_the_library_loads_and_knows_itself(small_library: Path) -> None:
     out = run_with(
         small_library,
         "import json\n"
-        "loaded = library.load()\n"
+        "import threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "together = threading.Barrier(4)\n"
+        "with ThreadPoolExecutor(4) as pool:  # the first calls come from several threads at once\n"
+        "    futures = [pool.submit(lambda: (together.wait(), library.load())) for _ in range(4)]\n"
+        "(loaded,) = {id(f.result()[1]): f.result()[1] for f in futures}.values()\n"
         "names = sorted(v.name for v in loaded.variants)\n"
         "print(json.dumps([loaded.archs, names, loaded.runtime, loaded.is_current]))\n"
         "assert 'PyTorch' in (kernels.why_unavailable('cuda', 'cuda', 'pages') or 'PyTorch')\n"

@@ -11,7 +11,9 @@ run.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import os
 import secrets
 import sys
 import time
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from tests.gpu.fuzz_cases import COMMON, MAX_BATCH, RARE, Arena, Problem, Trial, codec_of, draw
 from turbokv.kernels import cuda
+from turbokv.kernels.cuda import jit, library
+from turbokv.kernels.cuda.build import Variant
 
 # What test_decode_gpu.py allows a whole problem. A row may be worse: rounding is relative to the
 # largest product of 64 tokens, and an output may be smaller than what it is the sum of. A token
@@ -129,13 +133,16 @@ def _guarded(
 
 def compile_all(shapes: tuple[tuple[int, int, int], ...], device: str) -> None:
     """Have every kernel ready; those that were not compiled ahead of time are compiled now."""
-
-    def compile_one(shape: tuple[int, int, int]) -> None:
+    loaded = library.load()
+    wanted = {Variant("decode", 1 << (dim - 1).bit_length(), *bits) for dim, *bits in shapes}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compile_one = functools.partial(
+            jit.compile_variant, archs=library.device_archs(loaded.archs)
+        )
+        list(pool.map(compile_one, wanted - loaded.variants))
+    for shape in shapes:
         codec = codec_of(*shape, device)
         cuda.prepare("decode", codec.vector_format("k"), codec.vector_format("v"))
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(compile_one, shapes))
 
 
 def fuzz(first: int, count: int, args: argparse.Namespace, far: bool) -> tuple[int, list[str]]:

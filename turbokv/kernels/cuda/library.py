@@ -92,7 +92,7 @@ class Library:
                     f" {variant.name} cannot be added to it; {REMEDY}"
                 )
             try:
-                path = jit.compile_variant(variant, _device_archs(self.archs))
+                path = jit.compile_variant(variant, device_archs(self.archs))
             except build.BuildError as error:
                 raise BackendUnavailableError(
                     f"{variant.name} is not part of the library and could not be compiled: {error}"
@@ -112,7 +112,7 @@ def _runs(arch: str, major: int, minor: int) -> bool:
     return int(found[2]) == minor if found[3] == "a" else int(found[2]) <= minor
 
 
-def _device_archs(known: tuple[str, ...]) -> tuple[str, ...]:
+def device_archs(known: tuple[str, ...]) -> tuple[str, ...]:
     """Return an architecture for each visible device: of ``known``, or the device's own."""
     archs = []
     for index in range(torch.cuda.device_count()):
@@ -130,7 +130,11 @@ def load() -> Library:
     BackendUnavailableError
         If the file is missing or does not load.
     """
-    return _load(LIBRARY)
+    with _loading:  # operators can be registered once only
+        return _load(LIBRARY)
+
+
+_loading = threading.Lock()
 
 
 @functools.cache
