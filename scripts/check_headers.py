@@ -18,16 +18,9 @@ import tempfile
 from collections.abc import Sequence
 
 INCLUDE = pathlib.Path(__file__).resolve().parent.parent / "turbokv/kernels/cuda/include"
-# Headers of kernels only, which mean nothing without CUDA.
+# Headers of kernels only, which mean nothing without CUDA; and all in folders.
 DEVICE_ONLY = (
     "decode.cuh",
-    "decode_config.cuh",
-    "decode_kernel.cuh",
-    "decode_output.cuh",
-    "decode_query.cuh",
-    "decode_ring.cuh",
-    "decode_softmax.cuh",
-    "decode_warp.cuh",
     "expand.cuh",
     "launch.cuh",
     "ptx.cuh",
@@ -44,7 +37,12 @@ _HOST_FLAGS = ("-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-x
 
 def headers() -> list[pathlib.Path]:
     """Return the public headers, sorted."""
-    return sorted((INCLUDE / "turbokv").glob("*.cuh"))
+    return sorted((INCLUDE / "turbokv").rglob("*.cuh"))
+
+
+def name_of(header: pathlib.Path) -> str:
+    """Return how a header is included, without ``turbokv/``."""
+    return header.relative_to(INCLUDE / "turbokv").as_posix()
 
 
 def foreign_includes() -> list[str]:
@@ -54,7 +52,7 @@ def foreign_includes() -> list[str]:
         for name in _INCLUDE.findall(header.read_text()):
             own = name.startswith("turbokv/") and (INCLUDE / name).is_file()
             if not (own or _CUDA.fullmatch(name) or _STANDARD.fullmatch(name)):
-                found.append(f"{header.name}: {name}")
+                found.append(f"{name_of(header)}: {name}")
     return found
 
 
@@ -71,13 +69,14 @@ def check_host() -> None:
     if compiler is None:
         raise RuntimeError("g++: wanted it on PATH")
     for header in headers():
-        if header.name not in DEVICE_ONLY:
+        name = name_of(header)
+        if "/" not in name and name not in DEVICE_ONLY:
             # from standard input: compiled as a main file, a header would warn of its own guard
-            line = f"#include <turbokv/{header.name}>\n"
+            line = f"#include <turbokv/{name}>\n"
             command = [compiler, *_HOST_FLAGS, f"-I{INCLUDE}", "-"]
             result = subprocess.run(command, input=line, capture_output=True, text=True)
             if result.returncode or result.stderr:
-                raise RuntimeError(f"{header.name} does not compile alone:\n{result.stderr}")
+                raise RuntimeError(f"{name} does not compile alone:\n{result.stderr}")
 
 
 def check_device(archs: Sequence[str], *, device_only: bool = False) -> None:
@@ -97,10 +96,10 @@ def check_device(archs: Sequence[str], *, device_only: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for header in headers():
             source = pathlib.Path(folder) / f"{header.stem}.cu"
-            source.write_text(f"#include <turbokv/{header.name}>\n")
+            source.write_text(f"#include <turbokv/{name_of(header)}>\n")
             command = [compiler, "-std=c++17", *targets, f"-I{INCLUDE}"]
             command += [str(source), "-o", f"{folder}/{header.stem}.out"]
-            _run(command, f"{header.name} ({', '.join(archs)})")
+            _run(command, f"{name_of(header)} ({', '.join(archs)})")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from turbokv import core
 from turbokv.codec import TurboKVCodec
 from turbokv.paged import PagedKVCache
 
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there emulated kernels are tested
 
 
 @dataclass

@@ -411,7 +411,7 @@ void DecodeOperator(Tensor q, Tensor pages, std::string k_text, std::string v_te
                     Tensor out, optional_tensor_t lse, bool rotated_output, bool rotated_query,
                     optional_tensor_t tile_slots, optional_tensor_t window,
                     optional_tensor_t k_offset, optional_tensor_t workspace, std::string body,
-                    int64_t num_ctas) {
+                    int64_t num_ctas, bool early_loads) {
   const vector_format_t &k_format = Format(k_text), &v_format = Format(v_text);
   const int head_dim = k_format.head_dim, padded_dim = PaddedDim(head_dim);
   Check(q, "q", kFloats, {-1, -1, rotated_query ? padded_dim : head_dim}, -1);
@@ -480,6 +480,7 @@ void DecodeOperator(Tensor q, Tensor pages, std::string k_text, std::string v_te
   options.body = body == "auto"   ? decode_body_t::kAuto
                  : body == "bulk" ? decode_body_t::kBulk
                                   : decode_body_t::kAsync;
+  options.early = early_loads;
   STD_TORCH_CHECK(num_ctas >= 0 && num_ctas <= INT32_MAX, "num_ctas: wanted 0 or more, got ",
                   num_ctas);
   const auto uniform2 = [](const vector_format_t& format) {
@@ -559,7 +560,7 @@ STABLE_TORCH_LIBRARY(turbokv, m) {
       "Tensor? qo_indptr, SymInt max_q_len, bool causal, float sm_scale, SymInt window_left, "
       "float logits_soft_cap, Tensor? sinks, Tensor(a!) out, Tensor(b!)? lse, bool rotated_output, "
       "bool rotated_query, Tensor? tile_slots, Tensor? window, Tensor? k_offset, "
-      "Tensor(c!)? workspace, str body, SymInt num_ctas) -> ()");
+      "Tensor(c!)? workspace, str body, SymInt num_ctas, bool early_loads=False) -> ()");
 }
 
 // Tensors on the CPU reach the same functions, which say what is wrong.

@@ -477,6 +477,7 @@ def decode(
     workspace: Tensor | None = None,
     body: Body = "auto",
     num_ctas: int = 0,
+    early_loads: bool = False,
 ) -> Tensor:
     """Attend to compressed pages in one launch: rotate, attend, combine and un-rotate.
 
@@ -535,6 +536,12 @@ def decode(
         How tiles reach shared memory: ``bulk`` (sm_90 and up), ``cp_async``, or ``auto``.
     num_ctas
         Thread blocks, up to 32768; 0 for as many as run at a time.
+    early_loads
+        Whether lengths, page tables, ``qo_indptr``, ``tile_slots`` and codes of old tokens may be
+        read before the kernel before it in the stream has ended (sm_90 and up; elsewhere nothing is
+        read early). That kernel, and any that it overlaps, must not write them. It may write ``q``,
+        ``k_offset``, ``window`` and the codes of the tokens that are queries themselves: a
+        :func:`store` of just these is such a kernel, a store of a whole prompt is not.
 
     Returns
     -------
@@ -644,6 +651,7 @@ def decode(
         workspace,
         body,
         num_ctas,
+        early_loads,
     )
     return out
 

@@ -15,6 +15,12 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+/*! \brief The CTA's dynamic shared memory. */
+__device__ __forceinline__ uint8_t* DynamicShared() {
+  extern __shared__ __align__(128) uint8_t turbokv_dynamic_shared[];
+  return turbokv_dynamic_shared;
+}
+
 /*! \brief Four bytes of the eight in (a, b), picked by the low four nibbles of `selector`. Bit 3 of
  * a nibble replicates the picked byte's top bit instead. */
 __device__ __forceinline__ uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {

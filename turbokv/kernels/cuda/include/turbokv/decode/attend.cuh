@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a warp does to the steps of an item: score, mask, softmax, accumulate; and 16-bit copies.
+#ifndef TURBOKV_DECODE_ATTEND_CUH_
+#define TURBOKV_DECODE_ATTEND_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "turbokv/decode/accumulate.cuh"
+#include "turbokv/decode/copy_tile.cuh"
+#include "turbokv/decode/key_offset.cuh"
+#include "turbokv/decode/lane.cuh"
+#include "turbokv/decode/mask.cuh"
+#include "turbokv/decode/params.cuh"
+#include "turbokv/decode/query.cuh"
+#include "turbokv/decode/schedule.cuh"
+#include "turbokv/decode/score.cuh"
+#include "turbokv/decode/shared.cuh"
+#include "turbokv/decode/softmax.cuh"
+#include "turbokv/decode/tables.cuh"
+#include "turbokv/decode/tile_stream.cuh"
+#include "turbokv/decode/traits.cuh"
+#include "turbokv/decode/vector.cuh"
+
+namespace turbokv {
+namespace decode_detail {
+
+/*! \brief What a CTA works with, whatever the item. */
+template <class C>
+struct cta_t {
+  const decode_params_t& p;
+  shared_t<C>& shared;
+  const lane_t<C>& at;
+  int group;                      // query heads of a KV head
+  int zero;                       // 0, unknown to the compiler
+  float *merge, *rows, *offsets;  // see shared_plan_t
+  uint8_t* query;
+  table_t k_table;
+  half_values_t<C> values;
+  float k_unit, v_unit;       // of levels as integers
+  uint32_t k_signs, v_signs;  // see LaneSigns
+
+  __device__ __forceinline__ cta_t(const decode_params_t& p, uint8_t* base,
+                                   const shared_plan_t<C>& plan, int zero, const lane_t<C>& at)
+      : p(p),
+        shared(*reinterpret_cast<shared_t<C>*>(base)),
+        at(at),
+        group(p.num_qo_heads / p.num_kv_heads),
+        zero(zero),
+        merge(reinterpret_cast<float*>(base + plan.merge)),
+        rows(reinterpret_cast<float*>(base + plan.rows)),
+        offsets(reinterpret_cast<float*>(base + plan.offsets)),
+        query(base + plan.query),
+        k_table(MakeTable<C::kKBits, C::kSumTables ? bytes_t::kSignedSum : bytes_t::kSigned>(
+            p.k_codebook)),
+        values(p.v_codebook),
+        k_unit(C::k_t::Unit(p.k_codebook)),
+        v_unit(C::v_t::Unit(p.v_codebook)),
+        k_signs(LaneSigns<C::kLane>(p.k_signs, at.lane)),
+        v_signs(LaneSigns<C::kLane>(p.v_signs, at.lane)) {}
+};
+
+/*! \brief A warp's attention to an item. */
+template <class C>
+struct attention_t {
+  const cta_t<C>& cta;
+  const item_t& item;
+  tile_stream_t<C>& stream;
+  const query_fragments_t<C>& query;
+  const mask_t<C> mask;
+  half_softmax_t<C> state;
+  int num_pending = 0;    // 16-bit copies that wait to be attended to
+  int first_segment = 0;  // of the offsets in shared memory
+
+  __device__ __forceinline__ attention_t(const cta_t<C>& cta, const item_t& item,
+                                         const query_fragments_t<C>& query,
+                                         tile_stream_t<C>& stream)
+      : cta(cta),
+        item(item),
+        stream(stream),
+        query(query),
+        mask(cta.p, cta.shared.columns, cta.shared.limits, cta.at) {
+    state.Reset();
+  }
+
+  /*! \brief Attend to all steps and copies. Steps go from the newest to the oldest: tiles with
+   * copies, mostly among the newest, are in L2 when the warps come to them in the end. */
+  __device__ __forceinline__ void Run() {
+    if constexpr (!C::kAllFeatures) {
+#pragma unroll 1
+      while (stream.step < item.end) Step();
+    } else {
+#pragma unroll 1
+      for (int pass = item.begin; pass < item.end;) {
+        pass = cta.p.k_offset_rotated != nullptr ? BeginPass(pass) : item.end;
+        for (;;) {
+#pragma unroll 1
+          while (stream.step < pass && num_pending <= kPending - C::kTiles) Step();
+          if (stream.step >= pass) break;
+          __syncwarp();
+#pragma unroll 1
+          for (int i = 0; i < num_pending; ++i) Copy(cta.shared.warps[cta.at.warp].pending[i]);
+          num_pending = 0;
+          __syncwarp();
+        }
+      }
+      if (cta.p.kv.tile_slots != nullptr) ShareCopies();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void Copy(const pending_copy_t& copy) {
+    AttendCopy<C>(cta.p, copy, item.head, cta.rows, cta.v_unit, cta.zero, query, mask, cta.at,
+                  state);
+  }
+
+  /*! \brief Score the offsets of K of the steps from `begin` on, as many as fit; returns where
+   * those steps end. */
+  __device__ __forceinline__ int BeginPass(int begin) {
+    constexpr int kStepsPerSegment = kTokensPerSegment / C::kStepTokens;
+    const decode_params_t& p = cta.p;
+    const int newest = item.newest_step - (begin - item.begin);  // step of the request
+    const int last_segment = (newest * C::kStepTokens + C::kStepTokens - 1) / kTokensPerSegment;
+    first_segment = max(0, last_segment - kSegmentsPerPass + 1);
+    const int end = min(item.end, begin + newest + 1 - first_segment * kStepsPerSegment);
+    const int oldest = newest - (end - 1 - begin);
+    first_segment = max(first_segment, oldest * C::kStepTokens / kTokensPerSegment);
+    const int segments = min(last_segment, p.num_segments - 1) - first_segment + 1;
+    __syncthreads();
+    ScoreOffsets<C>(p, item.head, first_segment, segments, cta.at, cta.rows, cta.shared.columns,
+                    cta.offsets);
+    __syncthreads();
+    return end;
+  }
+
+  /*! \brief Attend to the warp's next step. */
+  __device__ __forceinline__ void Step() {
+    stream.Refill();
+    const uint8_t* stage = stream.ring.Wait();
+    const int token0 = (item.newest_step - (stream.step - item.begin)) * C::kStepTokens;
+    // Tiles with copies have not been read: skip them here, attend to them later.
+    const uint32_t copies = stream.Take();
+    if (copies != 0) Postpone(copies, token0);
+    if (copies != C::kAllTiles) {
+      scores_t<C, C::kTiles> scores;
+      float offset[C::kLaneColumns];
+      uint32_t marks = 0;
+      const bool has_offset = LoadOffset(token0, offset);
+      ScoreTiles<C>(stage, query, cta.k_table, offset, cta.at, scores, marks);
+      Mask(stage, token0, copies, has_offset, marks, offset, scores);
+      AccumulateTiles<C>(stage, scores, query.unit, cta.zero, cta.values, cta.at.lane, state);
+    }
+    __syncwarp();  // the stage may be filled again
+    stream.ring.Advance();
+  }
+
+  /*! \brief Note tiles with copies, a bit each, to be attended to later. */
+  __device__ __forceinline__ void Postpone(uint32_t copies, int token0) {
+    warp_shared_t<C>& own = cta.shared.warps[cta.at.warp];
+    const int lane = cta.at.lane;
+    if (lane < C::kTiles && (copies >> lane & 1)) {
+      own.pending[num_pending + __popc(copies & ((1u << lane) - 1))] = {
+          own.copy_slots[stream.ring.read * C::kTiles + lane], token0 + lane * kTokensPerTile};
+    }
+    num_pending += __popc(copies);
+  }
+
+  /*! \brief Score of the part of K that the step's segment shares; false if there is none. */
+  __device__ __forceinline__ bool LoadOffset(int token0, float (&offset)[C::kLaneColumns]) const {
+    if constexpr (!C::kAllFeatures) return false;
+    const int segment = token0 / kTokensPerSegment;
+    const bool has = cta.p.k_offset_rotated != nullptr && segment < cta.p.num_segments;
+#pragma unroll
+    for (int x = 0; x < C::kLaneColumns; ++x) {
+      const int at = (segment - first_segment) * C::kColumns + cta.at.column(x);
+      offset[x] = has ? cta.offsets[at] : 0.f;
+    }
+    return has;
+  }
+
+  /*! \brief What few steps need, behind one branch. */
+  __device__ __forceinline__ void Mask(const uint8_t* stage, int token0, uint32_t copies,
+                                       bool has_offset, uint32_t marks,
+                                       const float (&offset)[C::kLaneColumns],
+                                       scores_t<C, C::kTiles>& scores) const {
+    const bool masked = mask.IsMasked(token0);
+    if constexpr (!C::kAllFeatures) {
+      if (masked) mask.HideTokens(token0, scores);
+    } else {
+      const bool uncentred = has_offset && __any_sync(~0u, marks & 0x8000u);
+      if (uncentred || masked || mask.capped || copies != 0) {
+        if (uncentred) mask.TakeOffsets(stage, offset, scores);
+        if (mask.capped) mask.CapScores(scores);
+        if (masked) mask.HideTokens(token0, scores);
+        if (copies != 0) mask.HideTiles(copies, scores);
+      }
+    }
+  }
+
+  /*! \brief The newest tokens are a few neighbouring tiles: all warps share the copies left. */
+  __device__ __forceinline__ void ShareCopies() {
+    const int warp = cta.at.warp;
+    if (cta.at.lane == 0) cta.shared.warps[warp].num_pending = num_pending;
+    __syncthreads();
+    int before = 0;
+#pragma unroll 1
+    for (int w = 0; w < C::kWarps; ++w) {
+      const warp_shared_t<C>& other = cta.shared.warps[w];
+      for (int i = (warp - before % C::kWarps + C::kWarps) % C::kWarps; i < other.num_pending;
+           i += C::kWarps) {
+        Copy(other.pending[i]);
+      }
+      before += other.num_pending;
+    }
+  }
+};
+
+}  // namespace decode_detail
+}  // namespace turbokv
+
+#endif  // TURBOKV_DECODE_ATTEND_CUH_

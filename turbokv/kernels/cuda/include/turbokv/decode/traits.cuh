@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// All sizes of a variant of the kernel, each with its reason.
+#ifndef TURBOKV_DECODE_TRAITS_CUH_
+#define TURBOKV_DECODE_TRAITS_CUH_
+
+#include <cstdint>
+
+#include "turbokv/decode/key_operand.cuh"
+#include "turbokv/decode/tile_copy.cuh"
+#include "turbokv/decode/value_operand.cuh"
+#include "turbokv/pack.cuh"
+
+namespace turbokv {
+namespace decode_detail {
+
+constexpr int kSegmentsPerPass = 256;  // offsets kept in shared memory at a time
+constexpr int kMaxStages = 8;
+constexpr int kMaxCtasPerSm = 4;
+constexpr int kMaxCtas = 1 << 15;  // of a launch, see PartBegin
+// Tiles with 16-bit copies that a warp collects before it attends to them alone; at the end of an
+// item all warps share what is left.
+constexpr int kPending = 16;
+constexpr int kMaxAligned = 256;   // requests whose items may get an integer number of CTAs
+constexpr int kWarpRequests = 31;  // requests that every warp lays out for itself
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kNever = -1e30f;  // a running maximum that has seen nothing
+
+/*! \brief What a variant can be asked for. Whatever a variant lacks costs it nothing. */
+enum class features_t {
+  kPlain,  // lengths, causal masks, a window, sinks
+  kAll,    // 16-bit copies of tiles, offsets of centred keys and a cap on scores as well
+};
+
+/*!
+ *  \tparam HEAD_DIM Coordinates stored per vector: 64, 128, 256 or 512.
+ *  \tparam K_BITS, V_BITS Widths of codes.
+ *  \tparam UNIFORM2 Whether 2-bit codebooks are {m, 3 m}, which need no lookup.
+ *  \tparam COLUMNS  Query rows an item takes at once: 4, 8 or 16.
+ *  \tparam COPY     How tiles reach shared memory: bulk_copy_t or async_copy_t.
+ *  \tparam CTAS     CTAs of a multiprocessor at a time. With several, some compute while others
+ *                   start or end an item and so wait; with one, fewer parts are merged.
+ *  \tparam FEATURES What the variant can be asked for.
+ */
+template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, class COPY, int CTAS,
+          features_t FEATURES>
+struct decode_traits_t {
+  using k_t = key_operand_t<HEAD_DIM, K_BITS, UNIFORM2>;
+  using v_t = value_operand_t<HEAD_DIM, V_BITS, UNIFORM2>;
+  using copy_t = COPY;
+  static constexpr int kHeadDim = HEAD_DIM, kKBits = K_BITS, kVBits = V_BITS, kColumns = COLUMNS;
+  static constexpr bool kAllFeatures = FEATURES == features_t::kAll;
+  static_assert(COLUMNS == 4 || COLUMNS == 8 || COLUMNS == 16, "an mma has eight columns");
+
+  // --- tiles and steps
+  static constexpr int kTile = TileLayout(HEAD_DIM, K_BITS, V_BITS).bytes;
+  static constexpr int kScales = kTile - 64;  // offset of a tile's 16 pairs of scales
+  // Tiles per step: as many as keep a step under 9 KB, if the registers for their scores suffice.
+  // Steps of eight tiles leave warps without any in small batches: only where they gain most.
+  static constexpr int kTiles = HEAD_DIM == 64 && COLUMNS <= 8 && kTile <= 1100 ? 8
+                                : kTile <= 2200                                 ? 4
+                                : kTile <= 4352                                 ? 2
+                                                                                : 1;
+  static constexpr uint32_t kAllTiles = (1u << kTiles) - 1;  // a bit per tile of a step
+  static constexpr int kStepTokens = kTiles * kTokensPerTile;
+  static constexpr int kStepBytes = kTiles * kTile;
+
+  // --- threads
+  // Eight warps, where two stages each fit: more would have too few registers.
+  static constexpr int kCtas = CTAS;
+  static constexpr int kWarps = (COPY::kStageRoom / (2 * kStepBytes) >= 8 ? 8 : 4) / kCtas;
+  static constexpr int kThreads = kWarps * 32;
+
+  // --- fragments
+  // A product has eight columns. With four query rows the two terms of the query stand side by side
+  // in them; with more rows each term has blocks of its own.
+  static constexpr int kTermBlocks = COLUMNS == 16 ? 2 : 1;  // blocks of rows
+  static constexpr int kQueryBlocks = COLUMNS == 4 ? 1 : 2 * kTermBlocks;
+  static constexpr int kLaneColumns = COLUMNS / 4;  // columns whose scores and outputs a lane has
+  static constexpr int kBlockColumns = kLaneColumns / kTermBlocks;  // of those, in each block
+  static constexpr bool kSumTables = K_BITS == 4 && COLUMNS == 4;   // see MakeTable
+  static constexpr int kQueryRegs = HEAD_DIM / 16;
+  static constexpr int kOutBlocks = HEAD_DIM / 16;  // of 16 coordinates
+  static constexpr int kLane = HEAD_DIM / 32;       // coordinates per lane of a vector a warp holds
+
+  // --- merging
+  static constexpr int kOutRegs = kOutBlocks * 2 * kLaneColumns;  // outputs of a lane
+  // Outputs that warps merge at a time: more would need more shared memory.
+  static constexpr int kMaxMergeRegs = CTAS == 4 ? 16 : 32;
+  static constexpr int kMergeRegs = kOutRegs <= kMaxMergeRegs ? kOutRegs : kMaxMergeRegs;
+  static constexpr int kPartial = COLUMNS * HEAD_DIM + 2 * COLUMNS;  // floats of a partial result
+};
+
+}  // namespace decode_detail
+}  // namespace turbokv
+
+#endif  // TURBOKV_DECODE_TRAITS_CUH_
