@@ -4,8 +4,8 @@
 
 Compiles variants of both trees and prints, for each kernel, its instructions, registers and bytes
 spilled, and a verdict: *equal* bytes; *moved*, which is as many instructions (within half a
-percent), as many warps that fit, and no more spills or stack; *changed*; *new* or *gone*. Exits with
-1 if any kernel changed for the worse, unless ``--report-only``.
+percent), as many warps that fit, and no more spills or stack; *changed*; *new* or *gone*. Exits
+with 1 if any kernel changed, unless ``--report-only``.
 
     python scripts/sass_diff.py --base main --dims 128 --pairs k4v4 k5v3
 """
