@@ -18,7 +18,7 @@ def divergence(reference: Tensor, ours: Tensor) -> tuple[float, float]:
     return float(kl), float((reference.argmax(-1) == ours.argmax(-1)).float().mean())
 
 
-def cache_of(name: str, config: Any) -> Callable[[], Any]:
+def cache_of(name: str, model: Any) -> Callable[[], Any]:
     """Return what makes the caches of a configuration's name (as in ``bench_serving.py``)."""
     from transformers.cache_utils import DynamicCache
 
@@ -27,16 +27,12 @@ def cache_of(name: str, config: Any) -> Callable[[], Any]:
 
     options = options_of(name)
     if options["kv_cache_dtype"] == "auto":
-        return lambda: DynamicCache(config=config)
+        return lambda: DynamicCache(config=model.config)
     chosen = options.get("additional_config", {}).get("turbokv", {})
     k_bits, v_bits = cache_widths(options["kv_cache_dtype"])
     window = {key: chosen[key] for key in ("window", "sinks") if key in chosen}
-    calibration = None
-    if "calibration" in chosen:
-        from turbokv.calibration import Calibration
-
-        calibration = Calibration.load(chosen["calibration"])
-    return lambda: TurboKVCache(config, k_bits, v_bits, calibration=calibration, **window)
+    calibration = chosen.get("calibration", "auto")
+    return lambda: TurboKVCache(model, k_bits, v_bits, calibration=calibration, **window)
 
 
 @torch.inference_mode()
@@ -86,7 +82,7 @@ def with_transformers(names: list[str], device: str, asked: int | None) -> dict[
     requests = prompts(loaded.tokenizer)[:asked]
 
     def score(name: str) -> tuple[Tensor, list[list[int]]]:
-        make = cache_of(name, model.config)
+        make = cache_of(name, model)
         logits = decode_logits(model, ids, make())
         return logits, [answer(model, prompt, make(), stop) for prompt in requests]
 

@@ -180,7 +180,7 @@ def test_architecture_is_the_same_however_its_config_is_written() -> None:
 
 @pytest.mark.parametrize(
     ("k_bits", "left", "is_weak"),
-    [(2, 0.8, True), (4, 0.7, False), (4, 0.8, True), (5, 0.93, False), (5, 0.95, True)],
+    [(2, 0.85, False), (3, 0.9, True), (4, 0.9, False), (4, 0.95, True), (5, 0.97, False)],
 )
 def test_layers_are_weak_where_offsets_leave_most_of_the_energy(
     k_bits: int, left: float, is_weak: bool

@@ -9,12 +9,45 @@ because probabilities sum to 1. What they change is what the quantiser sees.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# The first tokens of a text are outliers (attention sinks): they would pull the mean towards
+# themselves, and caches keep them in 16 bits anyway.
+SKIP_TOKENS = 4
+# What engines take without a calibration file: on SmolLM2 as good as four times as many random
+# tokens, and a tenth of the KL better than half as many.
+AUTO_TOKENS = 1024
+AUTO_CONTEXT = 512
 # Scales beyond this would trade one channel's error for another's overflow.
 _SCALE_RANGE = 16.0
+
+
+def random_ids(vocab_size: int, count: int, seed: int = 0) -> Tensor:
+    """Return random token ids, int64 ``[1, count]`` on the CPU; the same in every process."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    size = (1, count)
+    return torch.randint(0, vocab_size, size, generator=generator, dtype=torch.int64, device="cpu")
+
+
+def split_text(ids: Tensor, context: int, bos: int | None) -> list[Tensor]:
+    """Cut ``ids`` ``[1, tokens]`` into pieces of ``context`` tokens that begin with ``bos``."""
+    if bos is None:
+        return [p for p in torch.split(ids, context, dim=1) if p.shape[1] > SKIP_TOKENS]
+    pieces = torch.split(ids, context - 1, dim=1)
+    return [
+        torch.cat([piece.new_full((1, 1), bos), piece], dim=1)
+        for piece in pieces
+        if piece.shape[1] >= SKIP_TOKENS
+    ]
+
+
+def config_bos(config: Any) -> int | None:
+    """Return the BOS that a text config names, where no tokenizer is at hand."""
+    bos = getattr(config, "bos_token_id", None)
+    return bos if isinstance(bos, int) and 0 <= bos < config.vocab_size else None
 
 
 @dataclass(eq=False)

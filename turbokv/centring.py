@@ -13,12 +13,16 @@ Source: softmax invariance to key offsets is used by OptR and KVQuant (arXiv:240
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SEGMENT = 256  # logical positions that share one offset; part of the format
+PROBE_TOKENS = 64
+# fp32 rounding through some tens of layers stays under 1e-3; a wrong rotary gives errors near 1.
+_PROBE_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +101,33 @@ class Rotary:
         cos = angle.cos() * mean_cos - angle.sin() * mean_sin
         sin = angle.sin() * mean_cos + angle.cos() * mean_sin
         return self._turn(mu.to(torch.float64), cos[:, None], sin[:, None]).to(torch.float32)
+
+
+def matching_rotary(keys: Tensor, candidates: Iterable[Rotary]) -> Rotary | None:
+    """Return the first rotary that explains how ``keys`` differ by position, or None.
+
+    Parameters
+    ----------
+    keys
+        ``[heads, tokens, head_dim]`` at positions 0, 1, ...: of tokens that had the same key before
+        rotary embedding, so that ``k(p) = R(p) k(0)`` holds for the right one.
+    candidates
+        Tried in order; without rotary embedding first, if it is among them.
+    """
+    k = keys.to("cpu", torch.float64)
+    positions = torch.arange(k.shape[1], dtype=torch.int64, device="cpu")
+    for rotary in candidates:
+        if rotary.rotary_dim > k.shape[-1]:
+            continue
+        expected = rotary.rotate(k[:, :1].expand_as(k), positions)
+        if float((expected - k).norm() / k.norm()) < _PROBE_TOLERANCE:
+            return rotary
+    return None
+
+
+def no_rotary() -> Rotary:
+    """Return the embedding of layers whose keys do not depend on their position."""
+    return Rotary(torch.empty(0, dtype=torch.float64, device="cpu"))
 
 
 @dataclass(eq=False)

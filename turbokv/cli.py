@@ -434,7 +434,8 @@ def serve(
         str | None, typer.Option(help="Comma list of layers left in 16 bits.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="File written by `turbokv calibrate`.")
+        str | None,
+        typer.Option(help="How keys are centred: auto, weights, none or a file of `calibrate`."),
     ] = None,
 ) -> None:
     """Serve a model over the OpenAI API, its KV cache compressed; further options go to vLLM."""

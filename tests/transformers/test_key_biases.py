@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("transformers")
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from turbokv.calibrate_static import split_text
 from turbokv.calibration import CalibrationError
 from turbokv.integrations.transformers import TurboKVCache
-from turbokv.integrations.transformers.calibrate import calibrate, split_text
+from turbokv.integrations.transformers.calibrate import calibrate
 from turbokv.integrations.transformers.calibration_choice import auto_calibration
 from turbokv.integrations.transformers.evaluate import sample_text
 from turbokv.integrations.transformers.models import fingerprint, leading_token
@@ -92,9 +93,9 @@ def test_biases_in_fast_channels_are_warned_of() -> None:
 
 def test_wide_keys_are_warned_of_only_where_they_do_not_hold() -> None:
     calibration = auto_calibration(qwen2(FAST))
-    # what is left costs layers 0 and 5 six bits, the others one
-    assert {0, 5} <= set(calibration.weak_layers(4))
-    assert sorted(calibration.weak_layers(8)) == [0, 5]
+    # what is left costs layer 0 5.8 bits, layer 5 6.4 and the others 1.2
+    assert sorted(calibration.weak_layers(4)) == [0, 5]
+    assert sorted(calibration.weak_layers(8)) == [5]
     assert auto_calibration(qwen2()).weak_layers(2) == {}
 
 

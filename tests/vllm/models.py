@@ -34,6 +34,8 @@ TINY: dict[str, dict[str, Any]] = {
     "head96": {"model_type": "qwen3", "head_dim": 96, "num_hidden_layers": 4},
     # keys with a large mean, as Qwen2's have: what calibration is for
     "biased": {"model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 4},
+    # where rotary embedding turns fast, so that offsets cannot take it off
+    "biased_fast": {"model_type": "qwen2", "num_attention_heads": 4, "num_hidden_layers": 2},
     "mixed": {
         "model_type": "gemma3_text",
         "head_dim": 128,
@@ -82,11 +84,12 @@ def make_tiny(kind: str, folder: pathlib.Path, seed: int = 0) -> str:
 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.bfloat16)
-        if kind == "biased":
+        if kind.startswith("biased"):
+            # of the pairs of rotary channels, those that turn slowly or fast
+            pairs = slice(0, 8) if kind == "biased_fast" else slice(20, 32)
             for layer in model.model.layers:
-                # where rotary embedding turns slowly, so that 256 keys have a mean to take off
                 bias = layer.self_attn.k_proj.bias.data.view(-1, 2, 32)
-                bias[:, :, 20:].normal_(std=BIAS)
+                bias[:, :, pairs].normal_(std=BIAS)
         model.save_pretrained(folder)
         _no_dynamic_rope(folder)
     return str(folder)

@@ -28,6 +28,7 @@ def config(cache_dtype: str = "tq4", connector: str | None = None, **ours: Any) 
             cache_dtype=cache_dtype, kv_cache_dtype_skip_layers=[], block_size=32
         ),
         kv_transfer_config=transfer,
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
     )
 
 
@@ -40,6 +41,8 @@ def test_the_identity_is_of_what_fixes_bytes(
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
     one.write_bytes(b"one")
     other.write_bytes(b"other")
+    narrower = config()
+    narrower.model_config.dtype = torch.float16  # which rounds biases otherwise
     skipping = config()
     skipping.cache_config.kv_cache_dtype_skip_layers = ["0"]
     found = [
@@ -49,6 +52,8 @@ def test_the_identity_is_of_what_fixes_bytes(
             config("tq_k5v3"),
             config(calibration=str(one)),
             config(calibration=str(other)),
+            config(calibration="none"),
+            narrower,
             skipping,
         )
     ]
@@ -63,6 +68,9 @@ def test_the_identity_is_not_of_what_leaves_bytes_alone(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.safetensors"
     elsewhere.write_bytes(b"one")
     assert connectors.page_identity(config(window=64)) == connectors.page_identity(config())
+    # beside a connector offsets are taken from the weights in either case
+    by_weights = connectors.page_identity(config(calibration="weights"))
+    assert connectors.page_identity(config(calibration="auto")) == by_weights
     assert connectors.page_identity(config(calibration=str(same))) == connectors.page_identity(
         config(calibration=str(elsewhere), path="flash_attn")
     )

@@ -255,6 +255,81 @@ def test_skipped_layers_stay_in_16_bits(folder: pathlib.Path) -> None:
             close(e.ask(llm, requests, TOKENS), wanted)
 
 
+def offsets_in(llm: Any) -> dict[str, Any]:
+    """Return the offsets of all layers of an engine in this process."""
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return {name: layer.impl.cache.offsets for name, layer in context.items()}
+
+
+def test_keys_are_centred_without_a_file(folder: pathlib.Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from turbokv.integrations.transformers.calibration_choice import auto_calibration
+
+    model = models.make_tiny("biased", folder / "biased")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    wanted_means = auto_calibration(loaded)
+    requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
+    errors = {}
+    for word in ("none", "weights", "auto"):
+        with run(model, "tq4", turbokv={**BARE, "calibration": word}) as llm:
+            errors[word] = e.compare(e.ask(llm, requests, TOKENS), wanted).error
+            found = offsets_in(llm)
+        print(word, errors[word])
+        for index, (name, offsets) in enumerate(found.items()):
+            if word == "none":
+                assert offsets is None, name
+                continue
+            means = wanted_means.layers[index].offsets
+            assert means is not None
+            bias = loaded.model.layers[index].self_attn.k_proj.bias.detach().view(2, -1)
+            want = means.mu if word == "auto" else bias
+            # biases are the weights'; means are of bf16 activations, and of shorter texts where a
+            # step takes fewer tokens (0.022 seen)
+            tolerance = 0.06 if word == "auto" else 1e-6
+            assert float((offsets.mu - want).norm() / want.norm()) < tolerance, name
+            last = 4096.0  # what counts is the angle far out
+            turned = (offsets.rotary.inv_freq - means.rotary.inv_freq).abs().max() * last
+            assert float(turned) < 0.02, name
+    assert errors["weights"] < 0.6 * errors["none"]
+    assert errors["auto"] < 0.6 * errors["none"]
+
+
+def test_a_mean_that_offsets_leave_is_warned_of(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbokv.integrations.vllm.offsets import worker
+
+    model = models.make_tiny("biased_fast", folder / "biased_fast")
+    seen: list[str] = []
+    monkeypatch.setattr(worker.logger, "warning", lambda text, *args: seen.append(text % args))
+    with run(model, "tq4"):
+        pass
+    (warning,) = seen
+    assert "keys' energy in layer" in warning
+    assert "(too much in layers 0, 1)" in warning
+    assert "tq_k8v4" in warning
+
+
+def test_a_calibration_file_of_other_weights_is_refused(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from turbokv.integrations.transformers.calibrate import calibrate
+
+    model = models.make_tiny("biased", folder / "biased")
+    other = models.make_tiny("biased", tmp_path / "other", seed=1)
+    path = tmp_path / "calibration.safetensors"
+    loaded = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    calibrate(loaded.eval(), tokens=128).save(path)
+    with (
+        pytest.raises(Exception, match=r"wanted one of this model, but .*weights are not"),
+        run(model, "tq4", turbokv={**BARE, "calibration": str(path)}),
+    ):
+        pass
+
+
 def test_keys_are_centred_by_a_calibration_file(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -269,7 +344,8 @@ def test_keys_are_centred_by_a_calibration_file(
     calibrate(loaded.eval(), tokens=2048).save(file)
     requests, wanted = reference_of(model, (LONG, 40, 5, LONG // 2, 130), 0, 0, TOKENS)
     errors = []
-    for options in (BARE, {**BARE, "calibration": str(file)}):
+    for word in ("none", str(file)):
+        options = {**BARE, "calibration": word}
         with run(model, "tq4", turbokv=options) as llm:
             found = e.compare(e.ask(llm, requests, TOKENS), wanted)
         print(found)

@@ -16,7 +16,8 @@ from turbokv.calibration import (
 from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies
 from turbokv.core import Codebook
 from turbokv.integrations.vllm.attention import steps_torch as kernels
-from turbokv.integrations.vllm.attention.layer import CacheLayer, check_calibration, head_slice
+from turbokv.integrations.vllm.attention.layer import CacheLayer, head_slice
+from turbokv.integrations.vllm.offsets.file import check_parts
 from turbokv.paged import PageLayout
 
 HEADS, DIM, PAGE = 2, 64, 32
@@ -32,7 +33,8 @@ def offsets(scale: float = 3.0) -> KeyOffsets:
 def cache_layer(dtype: str = "tq_k8v4", centred: bool = False, copies: int = 0) -> CacheLayer:
     calibration = LayerCalibration(offsets=offsets() if centred else None)
     layer = CacheLayer.create(dtype, DIM, HEADS, calibration)
-    layer.set_offsets(calibration, slice(0, HEADS), 1024, torch.device("cpu"))
+    if calibration.offsets is not None:
+        layer.set_offsets(calibration.offsets, 1024, torch.device("cpu"))
     if copies:
         layer.make_copies(copies, torch.device("cpu"))
     return layer
@@ -157,17 +159,20 @@ def test_pieces_merge_to_the_whole() -> None:
 
 
 def test_offsets_are_those_of_the_rank() -> None:
-    calibration = LayerCalibration(offsets=offsets())
-    layer = CacheLayer.create("tq4", DIM, 1, calibration)
-    layer.set_offsets(calibration, head_slice(2, 1, 1, 2), 600, torch.device("cpu"))
+    own = KeyOffsets(offsets().mu[head_slice(2, 1, 1, 2)], offsets().rotary)
+    layer = CacheLayer.create("tq4", DIM, 1)
+    layer.reserve_offsets(600, torch.device("cpu"))
+    assert layer.k_offset is not None
+    address = layer.k_offset.data_ptr()
+    layer.set_offsets(own, 600, torch.device("cpu"))
     assert layer.k_offset is not None
     assert layer.k_offset.shape == (3, 1, DIM)
     rotary = Rotary(rotary_frequencies(DIM))
     wanted = rotary.segment_means(offsets().mu[1:], 0, 3)
     torch.testing.assert_close(layer.k_offset, wanted)
-    address = layer.k_offset.data_ptr()
     layer.k_offset.zero_()  # as sleep leaves it
-    layer.set_offsets(calibration, head_slice(2, 1, 1, 2), 600, torch.device("cpu"))
+    assert layer.offsets is not None
+    layer.set_offsets(layer.offsets, 600, torch.device("cpu"))
     assert layer.k_offset.data_ptr() == address
     torch.testing.assert_close(layer.k_offset, wanted)
 
@@ -182,13 +187,13 @@ def calibration_of(layer: LayerCalibration) -> Calibration:
 
 
 def test_calibrations_that_need_folding_are_refused() -> None:
-    check_calibration(calibration_of(LayerCalibration(offsets=offsets())), "tq4")
+    check_parts(calibration_of(LayerCalibration(offsets=offsets())), "tq4")
     scaled = LayerCalibration(k_scale=torch.ones(HEADS, DIM))
     with pytest.raises(CalibrationError, match=r"wanted offsets and codebooks only, got .*k_scale"):
-        check_calibration(calibration_of(scaled), "tq4")
+        check_parts(calibration_of(scaled), "tq4")
 
 
 def test_codebooks_of_other_widths_are_refused() -> None:
     book = LayerCalibration(k_codebook=Codebook.gaussian(3))
     with pytest.raises(ValueError, match="k_bits: wanted 3"):
-        check_calibration(calibration_of(book), "tq4")
+        check_parts(calibration_of(book), "tq4")

@@ -71,6 +71,7 @@ def test_options_are_read() -> None:
         ({"skip_layers": "3"}, "turbokv.skip_layers: wanted a list .*, got '3'"),
         ({"skip_layers": ["full"]}, "turbokv.skip_layers: wanted a list .*, got 'full'"),
         ({"calibration": "/nowhere/at all"}, "turbokv.calibration: wanted a file"),
+        ({"calibration": None}, "turbokv.calibration: wanted 'auto', 'weights', 'none' or a file"),
     ],
 )
 def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
@@ -86,4 +87,7 @@ def test_options_must_be_a_mapping() -> None:
 def test_a_calibration_file_is_taken(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    assert options(calibration=str(file)).calibration == str(file)
+    assert options(calibration=str(file)).calibration_file == str(file)
+    assert options().calibration == "auto"
+    for word in ("auto", "weights", "none"):
+        assert options(calibration=word).calibration_file is None

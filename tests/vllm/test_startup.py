@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import pathlib
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from turbokv.calibration import Calibration, Fingerprint, LayerCalibration, architecture_sha256
 from turbokv.integrations.vllm import hooks, limits
 
 
@@ -44,6 +46,7 @@ def config(**changes: Any) -> Any:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             enable_dbo=False,
+            worker_cls="vllm.v1.worker.gpu_worker.Worker",
         ),
         scheduler_config=SimpleNamespace(scheduler_cls=None, async_scheduling=True),
         attention_config=SimpleNamespace(backend=None, use_non_causal=False),
@@ -227,3 +230,68 @@ def test_a_drafter_with_a_16_bit_cache_may_attend_as_it_likes() -> None:
 
 def test_the_bytes_of_a_token_follow_the_rank() -> None:
     assert hooks.token_page_bytes(config()) == 4 * 132
+
+
+# --- centred keys ---------------------------------------------------------------------------------
+
+
+def calibration_file(path: pathlib.Path, **parts: torch.Tensor) -> str:
+    hf_config = model_config()
+    shape = Fingerprint(architecture_sha256(hf_config), tuple([0.5] * 64), "this one")
+    Calibration(shape, {0: LayerCalibration(**parts)}).save(path)
+    return str(path)
+
+
+def model_config(layers: int = 4) -> Any:
+    return SimpleNamespace(
+        model_type="qwen3",
+        hidden_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+
+
+def calibrated(path: str, layers: int = 4) -> Any:
+    found = config(additional_config={"turbokv": {"calibration": path}})
+    found.model_config.hf_config = model_config(layers)
+    return found
+
+
+def test_workers_are_made_from_the_one_that_was_chosen() -> None:
+    plain = config()
+    for _ in range(2):  # vLLM completes a configuration more than once
+        hooks.check_and_update_config(plain)
+        assert plain.parallel_config.worker_cls == (
+            "turbokv.integrations.vllm.offsets.worker.vllm:v1:worker:gpu_worker:Worker"
+        )
+    alone = config(additional_config={"turbokv": {"calibration": "none"}})
+    hooks.check_and_update_config(alone)
+    assert alone.parallel_config.worker_cls == "vllm.v1.worker.gpu_worker.Worker"
+
+
+def test_a_calibration_file_of_this_model_passes(tmp_path: pathlib.Path) -> None:
+    hooks.check_and_update_config(calibrated(calibration_file(tmp_path / "a.safetensors")))
+
+
+def test_a_calibration_file_of_another_model_is_refused_at_start(tmp_path: pathlib.Path) -> None:
+    path = calibration_file(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"turbokv.calibration=.*its architecture hashes to .*one"):
+        hooks.check_and_update_config(calibrated(path, layers=6))
+
+
+def test_a_calibration_file_that_needs_folding_is_refused_at_start(
+    tmp_path: pathlib.Path,
+) -> None:
+    path = calibration_file(tmp_path / "a.safetensors", k_scale=torch.ones(2, 128))
+    with pytest.raises(ValueError, match=r"wanted offsets and codebooks only, got \['k_scale'\]"):
+        hooks.check_and_update_config(calibrated(path))
+
+
+def test_a_damaged_calibration_file_is_refused_at_start(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match="wanted a safetensors file, got"):
+        hooks.check_and_update_config(calibrated(str(path)))

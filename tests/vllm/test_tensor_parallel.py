@@ -40,15 +40,15 @@ def answers(model: str, ranks: int, options: dict[str, Any]) -> list[e.Answer]:
         return e.ask(llm, e.prompts(LENGTHS, models.VOCAB), TOKENS)
 
 
-@pytest.mark.parametrize("is_centred", [False, True], ids=["plain", "centred"])
+@pytest.mark.parametrize("calibration", ["none", "file", "auto"])
 def test_two_ranks_answer_like_one(
-    is_centred: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    calibration: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each rank holds one of two KV heads, its offsets and its copies."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model = models.make_tiny("biased", tmp_path / "model")
-    options: dict[str, Any] = {"window": 32, "sinks": 4}
-    if is_centred:
+    options: dict[str, Any] = {"window": 32, "sinks": 4, "calibration": calibration}
+    if calibration == "file":
         from transformers import AutoModelForCausalLM
 
         from turbokv.integrations.transformers.calibrate import calibrate

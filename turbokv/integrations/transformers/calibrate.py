@@ -16,18 +16,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from turbokv.calibrate_online import LATTICE_BITS, OnlineCalibrator
-from turbokv.calibrate_static import StaticCalibrator
+from turbokv.calibrate_static import SKIP_TOKENS, StaticCalibrator, random_ids, split_text
 from turbokv.calibration import Calibration, LayerCalibration
-from turbokv.centring import KeyOffsets, Rotary
+from turbokv.centring import PROBE_TOKENS, KeyOffsets, Rotary, matching_rotary, no_rotary
 from turbokv.codec import TurboKVCodec
 from turbokv.integrations.transformers.models import fingerprint
 
-# The first tokens of a text are outliers (attention sinks): they would pull the mean towards
-# themselves, and the cache keeps them in 16 bits anyway.
-SKIP_TOKENS = 4
-_PROBE_TOKENS = 64
-# fp32 rounding through some tens of layers stays under 1e-3; a wrong rotary gives errors near 1.
-_PROBE_TOLERANCE = 1e-2
 _CAPTURE = "turbokv_capture_queries"
 PARTS = ("offsets", "k_scale", "v_scale", "v_shift", "k_codebook", "v_codebook")
 
@@ -57,27 +51,21 @@ def find_rotary(model: Any) -> dict[int, Rotary]:
     described = str(parameters)
     if any(word in described for word in ("mrope", "dynamic", "longrope")):
         return {}
-    candidates = [Rotary(torch.empty(0, dtype=torch.float64, device="cpu"))]
+    candidates = [no_rotary()]
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
             inv_freq = buffer.detach().to("cpu", torch.float64)
             candidates += [Rotary(inv_freq), Rotary(inv_freq, interleaved=True)]
     token = min(1000, config.vocab_size - 1)
-    ids = torch.full((1, _PROBE_TOKENS), token, dtype=torch.int64, device=model.device)
+    ids = torch.full((1, PROBE_TOKENS), token, dtype=torch.int64, device=model.device)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         _body(model)(input_ids=ids, past_key_values=cache, use_cache=True)
-    positions = torch.arange(_PROBE_TOKENS, dtype=torch.int64, device="cpu")
     found: dict[int, Rotary] = {}
     for index, keys, _ in _layers_of(cache):
-        k = keys[0].to("cpu", torch.float64)
-        for rotary in candidates:
-            if rotary.rotary_dim > k.shape[-1]:
-                continue
-            expected = rotary.rotate(k[:, :1].expand_as(k), positions)
-            if float((expected - k).norm() / k.norm()) < _PROBE_TOLERANCE:
-                found[index] = rotary
-                break
+        rotary = matching_rotary(keys[0], candidates)
+        if rotary is not None:
+            found[index] = rotary
     return found
 
 
@@ -103,10 +91,8 @@ def _captured_queries(model: Any) -> Iterator[list[Tensor]]:
 
 def random_tokens(model: Any, count: int, seed: int = 0) -> Tensor:
     """Return random token ids ``[1, count]``: the data-free calibration text."""
-    generator = torch.Generator("cpu").manual_seed(seed)
     size = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(0, size, (1, count), generator=generator, dtype=torch.int64, device="cpu")
-    return ids.to(model.device)
+    return random_ids(size, count, seed).to(model.device)
 
 
 def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -208,18 +194,6 @@ def calibrate(
         layers,
         {"tokens": int(ids.shape[1]), "from": source, "context": context, "parts": list(parts)},
     )
-
-
-def split_text(ids: Tensor, context: int, bos: int | None) -> list[Tensor]:
-    """Cut ``ids`` ``[1, tokens]`` into pieces of ``context`` tokens that begin with ``bos``."""
-    if bos is None:
-        return [p for p in torch.split(ids, context, dim=1) if p.shape[1] > SKIP_TOKENS]
-    pieces = torch.split(ids, context - 1, dim=1)
-    return [
-        torch.cat([piece.new_full((1, 1), bos), piece], dim=1)
-        for piece in pieces
-        if piece.shape[1] >= SKIP_TOKENS
-    ]
 
 
 def _forward(

@@ -13,6 +13,7 @@
 ``backend``         what vLLM imports when a model is built with one of our dtypes
 ``attention/``      one layer: implementation, metadata of a step, formats, scratch, and the steps
                     of attention on a GPU and on a CPU
+``offsets/``        offsets of centred keys: from a file, or measured by the worker at load
 ``prefill/``        how prefill is cut, and who attends: FlashAttention or FlashInfer
 ``window/``         16-bit copies of recent tokens: pool, counters, prefix hits, scheduler
 ``connectors``      pages that travel: their identity, and what a load undoes

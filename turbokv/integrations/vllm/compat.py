@@ -6,9 +6,11 @@ Asked for is what a vLLM has, never its version.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -106,6 +108,41 @@ def makes_drafter() -> bool:
     from vllm.compilation import backends
 
     return backends.model_tag in ("draft_model", "eagle_head")
+
+
+def cached_layers(model: Any, vllm_config: Any) -> dict[str, Any]:
+    """Return the layers of ``model`` that keep something from token to token, by name.
+
+    Layers of a drafter are registered with vLLM as well, and are not among them.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    own = {id(module) for module in model.modules()}
+    context = vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in context.items()
+        if isinstance(layer, AttentionLayerBase) and id(layer) in own
+    }
+
+
+@contextlib.contextmanager
+def plain_forward(vllm_config: Any, num_tokens: int) -> Iterator[None]:
+    """Let a model run by itself: nothing compiled, no attention metadata, no cache."""
+    from vllm.config import set_current_vllm_config
+    from vllm.forward_context import set_forward_context
+
+    with (
+        set_current_vllm_config(vllm_config),
+        set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
+    ):
+        yield
+
+
+def empty_cache() -> None:
+    """Give back device memory that nothing holds any more."""
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def layer_index(name: str) -> int:

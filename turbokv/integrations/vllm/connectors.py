@@ -32,7 +32,7 @@ import torch
 from turbokv import core
 from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
 from turbokv.integrations.vllm.dtypes import uses_turbokv
-from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.options import NONE, WEIGHTS, Options
 from turbokv.integrations.vllm.window.pool import live_windows
 from turbokv.paged import FORMAT_VERSION
 
@@ -56,12 +56,26 @@ def _file_sha256(path: str) -> str:
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 
+def _centring_identity(vllm_config: Any, options: Options) -> str:
+    """Return what fixes offsets and codebooks, in the process of the scheduler as in workers.
+
+    Offsets from weights need no hash: the weights are those that vLLM's keys name, and the biases
+    of keys, in the model's dtype, give the same offsets to the bit wherever they are loaded. Means
+    over random tokens would not, which is why they are not taken beside a connector.
+    """
+    if options.calibration_file is not None:
+        return _file_sha256(options.calibration_file)
+    if options.calibration == NONE:
+        return NONE
+    return f"{WEIGHTS} {vllm_config.model_config.dtype}"
+
+
 def page_identity(vllm_config: Any) -> str:
     """Return 16 hex digits that differ if equal tokens could give other bytes.
 
     They cover the version of FORMAT.md, the cache dtype (widths of K and V), the calibration
-    file's sha256 (centred keys, codebooks), rotation seed and scale rules, and which layers stay in
-    16 bits. The 16-bit window is not among them: copies never travel.
+    file's sha256 (offsets, codebooks) or how else keys are centred, rotation seed and scale rules,
+    and which layers stay in 16 bits. The 16-bit window is not among them: copies never travel.
     """
     options = Options.from_config(vllm_config.additional_config)
     cache = vllm_config.cache_config
@@ -69,7 +83,7 @@ def page_identity(vllm_config: Any) -> str:
         "format": FORMAT_VERSION,
         "cache_dtype": cache.cache_dtype,
         "draft_cache_dtype": getattr(vllm_config.speculative_config, "kv_cache_dtype", None),
-        "calibration": None if options.calibration is None else _file_sha256(options.calibration),
+        "calibration": _centring_identity(vllm_config, options),
         "seed": core.DEFAULT_SEED,
         "rules": [DEFAULT_K_RULE, DEFAULT_V_RULE],
         "skip_layers": sorted(map(str, cache.kv_cache_dtype_skip_layers or ())),

@@ -13,6 +13,7 @@ from turbokv.paged import TILE
 Path = Literal["native_tq", "flash_attn", "flashinfer"]
 Decode = Literal["fused", "decompress"]
 KEY = "turbokv"
+AUTO, WEIGHTS, NONE = "auto", "weights", "none"
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -53,7 +54,10 @@ class Options:
     skip_layers
         Layers to leave in 16 bits: indices, or ``"sliding_window"`` for all of that kind.
     calibration
-        File of ``turbokv calibrate``, or None.
+        How keys are centred. ``auto``: by the means of the keys of random token ids, for which the
+        model is run when it is loaded (seconds); by the biases of keys alone where it cannot be, or
+        where a KV connector carries pages to others. ``weights``: by those biases alone. ``none``:
+        not at all. Otherwise a file of ``turbokv calibrate``, which must be of this model.
     """
 
     path: Path = "native_tq"
@@ -64,7 +68,7 @@ class Options:
     recompute_window: bool = True
     workspace_tokens: int = 32_768
     skip_layers: tuple[str, ...] = ()
-    calibration: str | None = None
+    calibration: str = AUTO
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense, naming the option."""
@@ -89,11 +93,22 @@ class Options:
             raise TypeError(
                 f"turbokv.recompute_window: wanted true or false, got {self.recompute_window!r}"
             )
-        if self.calibration is not None and not pathlib.Path(self.calibration).is_file():
-            raise ValueError(
-                f"turbokv.calibration: wanted a file of `turbokv calibrate`,"
-                f" got {self.calibration!r}"
+        if not isinstance(self.calibration, str):
+            raise TypeError(
+                f"turbokv.calibration: wanted '{AUTO}', '{WEIGHTS}', '{NONE}' or a file of"
+                f" `turbokv calibrate`, got {self.calibration!r}"
             )
+        path = self.calibration_file
+        if path is not None and not pathlib.Path(path).is_file():
+            raise ValueError(
+                f"turbokv.calibration: wanted a file of `turbokv calibrate`, '{AUTO}', '{WEIGHTS}'"
+                f" or '{NONE}', got {path!r}"
+            )
+
+    @property
+    def calibration_file(self) -> str | None:
+        """The calibration file, or None if keys are centred in another way or not at all."""
+        return None if self.calibration in (AUTO, WEIGHTS, NONE) else self.calibration
 
     @property
     def keeps_window(self) -> bool:

@@ -23,12 +23,15 @@ from turbokv.integrations.vllm.limits import (
     MAX_DRAFT_TOKENS,
     max_decode_queries,
 )
-from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.offsets import file
+from turbokv.integrations.vllm.options import NONE, Options
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.window import prefix_hits
 
 # These draft a block of tokens in one pass, and write their keys and values outside of it.
 NON_CAUSAL_DRAFTERS = ("dflash", "dspark")
+# Names of workers, after which comes what they are made from.
+_WORKERS = "turbokv.integrations.vllm.offsets.worker."
 
 # --- checks ---------------------------------------------------------------------------------------
 
@@ -152,6 +155,14 @@ def _cache(config: Any, options: Options) -> Iterator[str]:
         yield f"block_size: wanted a multiple of 16, got {config.cache_config.block_size}"
 
 
+def _calibration(config: Any, options: Options) -> Iterator[str]:
+    if options.calibration_file is not None:
+        hf_config = config.model_config.hf_config
+        yield from file.problems(
+            options.calibration_file, hf_config, config.cache_config.cache_dtype
+        )
+
+
 # --- changes of the configuration -----------------------------------------------------------------
 
 
@@ -180,6 +191,14 @@ def _connector(config: Any, options: Options) -> None:
     connectors.choose_module(config)
 
 
+def _worker(config: Any, options: Options) -> None:
+    """Let workers centre keys once they have loaded the model."""
+    chosen = config.parallel_config.worker_cls
+    if options.calibration == NONE or chosen == "auto" or chosen.startswith(_WORKERS):
+        return
+    config.parallel_config.worker_cls = _WORKERS + chosen.replace(".", ":")
+
+
 def _scheduler(config: Any, options: Options) -> None:
     """Let prefix hits end before the 16-bit window."""
     prefix_hits.choose_scheduler(config)
@@ -192,6 +211,7 @@ CHECKS: tuple[Callable[[Any, Options], Iterator[str]], ...] = (
     _model,
     _speculation,
     _cache,
+    _calibration,
 )
 COMPLETIONS: tuple[Callable[[Any, Options], None], ...] = (
     _skip_layers,
@@ -199,6 +219,7 @@ COMPLETIONS: tuple[Callable[[Any, Options], None], ...] = (
     _images,
     _connector,
     _scheduler,
+    _worker,
 )
 
 

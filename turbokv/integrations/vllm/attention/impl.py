@@ -12,21 +12,21 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from turbokv.calibration import Calibration
+from turbokv.centring import KeyOffsets
 from turbokv.integrations.vllm import compat, connectors
 from turbokv.integrations.vllm.attention import scratch
 from turbokv.integrations.vllm.attention.layer import (
     AttentionShape,
     AttentionSinks,
     CacheLayer,
-    check_calibration,
     head_slice,
     total_copy_bytes,
 )
 from turbokv.integrations.vllm.attention.metadata import TurboKVMetadata
 from turbokv.integrations.vllm.attention.shared_pages import SharedPages
 from turbokv.integrations.vllm.limits import SLICE_QUERIES, max_decode_queries, max_step_tokens
-from turbokv.integrations.vllm.options import Options
+from turbokv.integrations.vllm.offsets import file
+from turbokv.integrations.vllm.options import NONE, Options
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.prefill.flash_attention import Prefill, Workspace
 from turbokv.integrations.vllm.prefill.plan import workspace_floor
@@ -92,7 +92,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         # says which model it makes, unless parts of that model have tags of their own.
         self.is_loaded = False
         self.is_draft = compat.makes_drafter() or any(impl.is_loaded for impl in self._impls())
-        self._is_calibrated = False
+        self._has_decided = False  # whether it is known which offsets, if any, keys have
         self.device = compat.device()
         self.start_bytes = compat.free_at_start()
         self.steps: ModuleType = _steps(self.device)
@@ -157,32 +157,59 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             self.attention_sinks.load(self.sinks)
         if self.kv_sharing_target_layer_name is not None:
             return
-        if self.options.calibration is not None:
-            self._calibrate(self.options.calibration)
+        self._centre()
         self.steps.prepare(self.cache)
         if self.options.keeps_window and self.cache.copies is None:
             self._make_copies()
 
-    def _calibrate(self, path: str) -> None:
-        """Take codebooks and offsets of this layer; codebooks once, offsets after every load."""
-        if self.is_draft:  # the file is about the target model's layers
+    def _centre(self) -> None:
+        """Take codebooks and offsets of a file, or room for offsets; offsets after every load."""
+        # files and measurements are of the target model's layers
+        if self.options.calibration == NONE or self.is_draft:
             return
+        if self.options.calibration_file is not None:
+            self._calibrate(self.options.calibration_file)
+        elif not self._has_decided:
+            # the worker measures offsets when all weights are there; their memory counts as weights
+            self.cache.reserve_offsets(self._max_tokens, self.device)
+        elif self.cache.offsets is not None:
+            self.cache.set_offsets(self.cache.offsets, self._max_tokens, self.device)
+
+    def _calibrate(self, path: str) -> None:
+        """Take codebooks, once, and offsets of this layer."""
         name, _ = compat.own_layer(self, self.vllm_config)
-        calibration = Calibration.load(path)
-        check_calibration(calibration, self.kv_cache_dtype)
+        calibration = file.load(path)
+        file.check_parts(calibration, self.kv_cache_dtype)
         layer = calibration.layer(compat.layer_index(name))
         if layer is None:
             return
-        if not self._is_calibrated:
+        if not self._has_decided:
             self.cache = CacheLayer.create(
                 self.kv_cache_dtype, self.head_size, self.num_kv_heads, layer
             )
-            self._is_calibrated = True
+            self._has_decided = True
         if layer.offsets is not None:
             total = layer.offsets.mu.shape[0]
             heads = head_slice(total, self.num_kv_heads, *compat.tensor_parallel())
-            max_tokens = self.vllm_config.model_config.max_model_len
-            self.cache.set_offsets(layer, heads, max_tokens, self.device)
+            own = KeyOffsets(layer.offsets.mu[heads], layer.offsets.rotary)
+            self.cache.set_offsets(own, self._max_tokens, self.device)
+
+    def take_offsets(self, offsets: KeyOffsets | None) -> None:
+        """Take what the worker measured for this layer's heads, or store keys as they are."""
+        if self.kv_sharing_target_layer_name is not None:
+            return
+        if offsets is not None:
+            self.cache.set_offsets(offsets, self._max_tokens, self.device)
+        elif self._has_decided and self.cache.k_offset is not None:
+            raise RuntimeError("offsets that pages were written with cannot be dropped")
+        else:
+            self.cache.drop_offsets()
+        self._has_decided = True
+
+    @property
+    def _max_tokens(self) -> int:
+        """The longest request."""
+        return int(self.vllm_config.model_config.max_model_len)
 
     def _make_copies(self) -> None:
         """Allocate the 16-bit copies: as many tiles as all layers together can afford."""

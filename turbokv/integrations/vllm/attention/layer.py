@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from turbokv import core
-from turbokv.calibration import Calibration, CalibrationError, LayerCalibration
-from turbokv.centring import SEGMENT
+from turbokv.calibration import CalibrationError, LayerCalibration
+from turbokv.centring import SEGMENT, KeyOffsets
 from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
 from turbokv.core import Codebook, VectorFormat
 from turbokv.integrations.vllm.dtypes import cache_widths
 from turbokv.paged import TILE
-
-_UNSUPPORTED = ("k_scale", "v_scale", "v_shift")
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,11 @@ class CacheLayer:
         lost when device memory is (sleep mode).
     num_kv_heads
         Of this rank.
+    offsets
+        What the tables of offsets are made from, of this rank's heads; on the host.
     k_offset, k_offset_rotated
         float32 ``[num_segments, num_kv_heads, head_dim]`` and ``padded_dim``: what is subtracted
-        from keys, by 256 logical positions; None without a calibration file.
+        from keys, by 256 logical positions; None where keys are stored as they are.
     copies
         float16 ``[num_slots, num_kv_heads, 2, 16, padded_dim]``: 16-bit copies of tiles, or None.
     """
@@ -106,6 +106,7 @@ class CacheLayer:
     k_format: VectorFormat
     v_format: VectorFormat
     num_kv_heads: int
+    offsets: KeyOffsets | None = field(default=None, repr=False)
     k_offset: Tensor | None = None
     k_offset_rotated: Tensor | None = None
     copies: Tensor | None = field(default=None, repr=False)
@@ -152,58 +153,46 @@ class CacheLayer:
         shape = (num_slots, self.num_kv_heads, 2, TILE, self.k_format.padded_dim)
         self.copies = torch.zeros(shape, dtype=torch.float16, device=device)
 
-    def set_offsets(
-        self, calibration: LayerCalibration, heads: slice, max_tokens: int, device: torch.device
-    ) -> None:
+    def reserve_offsets(self, max_tokens: int, device: torch.device) -> None:
+        """Allocate the offsets of every segment up to ``max_tokens`` positions, all zero."""
+        shape = (-(-max_tokens // SEGMENT), self.num_kv_heads)
+        self.k_offset = torch.zeros((*shape, self.head_dim), dtype=torch.float32, device=device)
+        padded = (*shape, self.k_format.padded_dim)
+        self.k_offset_rotated = torch.zeros(padded, dtype=torch.float32, device=device)
+
+    def drop_offsets(self) -> None:
+        """Store keys as they are; only before anything is stored or captured."""
+        self.offsets = self.k_offset = self.k_offset_rotated = None
+
+    def set_offsets(self, offsets: KeyOffsets, max_tokens: int, device: torch.device) -> None:
         """Compute the offsets of every segment up to ``max_tokens`` positions; again after a wake.
 
         Parameters
         ----------
-        calibration
-            Of this layer, all KV heads of the model.
-        heads
-            Those of this rank.
+        offsets
+            Of this rank's heads. Kept on the host, where sleep does not reach.
         max_tokens
             The longest request.
         device
             Where the tables are made.
         """
-        if calibration.offsets is None:
-            return
-        mu, rotary = calibration.offsets.mu[heads], calibration.offsets.rotary
-        if mu.shape != (self.num_kv_heads, self.head_dim):
+        if offsets.mu.shape != (self.num_kv_heads, self.head_dim):
             raise CalibrationError(
                 f"calibration offsets: wanted shape {[self.num_kv_heads, self.head_dim]} for this"
-                f" rank, got {list(mu.shape)}"
+                f" rank, got {list(offsets.mu.shape)}"
             )
+        self.offsets = offsets.to(torch.device("cpu"))
         segments = -(-max_tokens // SEGMENT)
-        table = rotary.segment_means(mu.cpu(), 0, segments)
+        table = self.offsets.rotary.segment_means(self.offsets.mu, 0, segments)
         rotated = core.rotate(table.reshape(-1, self.head_dim), self.k_format)
         rotated = rotated.view(segments, self.num_kv_heads, self.k_format.padded_dim)
         if self.k_offset is None or self.k_offset_rotated is None:
-            self.k_offset = torch.empty(table.shape, dtype=torch.float32, device=device)
-            self.k_offset_rotated = torch.empty(rotated.shape, dtype=torch.float32, device=device)
+            self.reserve_offsets(max_tokens, device)
+        assert self.k_offset is not None
+        assert self.k_offset_rotated is not None
         # in place, since captured graphs hold the addresses
         self.k_offset.copy_(table)
         self.k_offset_rotated.copy_(rotated)
-
-
-def check_calibration(calibration: Calibration, cache_dtype: str) -> None:
-    """Refuse a calibration that this backend cannot use.
-
-    Raises
-    ------
-    CalibrationError, ValueError
-        If it has channel scales or shifts, or codebooks of other widths.
-    """
-    calibration.check_widths(*cache_widths(cache_dtype))
-    for index, layer in calibration.layers.items():
-        present = [name for name in _UNSUPPORTED if getattr(layer, name) is not None]
-        if present:
-            raise CalibrationError(
-                f"calibration: wanted offsets and codebooks only, got {present} in layer {index};"
-                " calibrate again without them"
-            )
 
 
 def head_slice(total_heads: int, rank_heads: int, rank: int, world: int) -> slice:
