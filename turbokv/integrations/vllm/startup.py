@@ -107,8 +107,10 @@ def _is_vllms_choice(config: Any) -> bool:
     It does so where FlashAttention 4 is missing, before anyone knows what serves the cache's dtype,
     and only if the user has asked for none.
     """
-    text = config.model_config.hf_text_config
-    sizes = {getattr(text, "head_dim", None), getattr(text, "global_head_dim", None)} - {None}
+    arch: Any = getattr(config.model_config, "model_arch_config", None)
+    if not hasattr(arch, "__getitem__"):
+        return False
+    sizes = {arch[i].head_size for i in range(arch.total_num_hidden_layers)}
     return len(sizes) > 1 and config.attention_config.backend.name == "TRITON_ATTN"
 
 

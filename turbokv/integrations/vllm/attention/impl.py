@@ -337,7 +337,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             key[:count],
             value[:count],
             slot_mapping,
-            kv_cache.flatten(2),
+            self.cache.pages(kv_cache),
             kv_cache.shape[2],
             positions,
             tile_slots,
@@ -362,7 +362,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             self.reserve(query.device)
             return output.fill_(0)
         output = output.view(-1, self.num_heads, self.head_size)
-        pages, page_size = kv_cache.flatten(2), kv_cache.shape[2]
+        pages, page_size = self.storage().pages(kv_cache), kv_cache.shape[2]
         md = attn_metadata
         md.complete()
         if md.num_decode_tokens:
