@@ -89,6 +89,21 @@ def test_a_backend_that_vllm_itself_asks_for_is_taken() -> None:
         hooks.check_and_update_config(config(**triton))
 
 
+def test_chunked_attention_needs_a_vllm_that_asks_for_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from turbokv.integrations.vllm import startup
+
+    text = SimpleNamespace(layer_types=None, attention_chunk_size=8192)
+    for patched in (False, True):
+        monkeypatch.setattr(startup, "_asks_for_pages", lambda patched=patched: not patched)
+        if not patched:
+            hooks.check_and_update_config(config(model_config__hf_text_config=text))
+            continue
+        with pytest.raises(ValueError, match=r"within chunks .* use vLLM 0.28 or newer"):
+            hooks.check_and_update_config(config(model_config__hf_text_config=text))
+
+
 def test_images_whose_tokens_see_each_other_are_scheduled_whole() -> None:
     found = config(model_config__is_mm_prefix_lm=True)
     found.scheduler_config.disable_chunked_mm_input = False
