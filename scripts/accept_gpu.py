@@ -54,6 +54,7 @@ STEPS = {
     "sanitizer": Step("tests/gpu/test_sanitizer_gpu.py", 1),
     "flashinfer": Step("tests/integration/flashinfer", 2),
     "engine": Step("tests/vllm/test_engine.py", 5),
+    "speculation": Step("tests/vllm/test_speculation.py", 5),
     "server": Step("tests/vllm/test_server_gpu.py", 2),
     "ranks": Step("tests/vllm/test_tensor_parallel.py", 1, devices=2),
     "quality": Step("scripts/eval_serving.py --json {out}/quality.json"),

@@ -269,7 +269,7 @@ def fuzzed(seed: int, pairs: tuple[tuple[int, int], ...], dims: tuple[int, ...])
     batch_size = r.choice((1, 1, 2, 3, 5, 9))
     longest = r.choice((20, 100, 700, 3000))
     lens = tuple(r.choice((0, 1, 15, 16, 17, r.randint(1, longest))) for _ in range(batch_size))
-    q_lens = tuple(min(n, r.randint(1, 8)) if r.random() < 0.9 else 1 for n in lens)
+    q_lens = tuple(min(n, r.randint(1, r.choice((8, 17)))) if r.random() < 0.9 else 1 for n in lens)
     if r.random() < 0.5:
         q_lens = (1,) * batch_size
     if not sum(q_lens):

@@ -75,6 +75,8 @@ def test_every_preset(head_dim: int, pair: tuple[int, int], group_size: int, bod
         dict(kept=1.0),
         dict(q_lens=(8, 5, 3, 0, 1), group_size=5),
         dict(q_lens=(8, 5, 3, 0, 1), causal=False),
+        dict(q_lens=(17, 5, 16, 0, 1), group_size=8),
+        dict(q_lens=(16, 5, 17, 0, 1), group_size=1, window_left=100, kept=0.3),
         dict(rotated_output=True, rotated_query=True),
         dict(strided=True, dtype=torch.bfloat16),
         dict(indptr=True, page_size=48),
@@ -178,9 +180,10 @@ def test_batches_of_many_sizes_take_turns_in_one_workspace() -> None:
         Case(lens=short, q_lens=(8,) * 64, seed=5, **heads),
         Case(lens=short[:9], seed=6, kept=0.3, **heads),
         Case(lens=short, seed=7, **heads),
+        Case(lens=short, q_lens=(17,) * 64, seed=8, **heads),
     ]
     size = cuda.decode_workspace_bytes(
-        batch_size=64, num_qo_heads=9, num_kv_heads=3, head_dim=64, max_q_len=8, device=DEVICE
+        batch_size=64, num_qo_heads=9, num_kv_heads=3, head_dim=64, max_q_len=17, device=DEVICE
     )
     workspace = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     for case in [*cases, *reversed(cases)]:

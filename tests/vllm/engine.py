@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from turbokv.integrations.vllm import plugin
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -69,6 +72,14 @@ def engine(model: str, kv_cache_dtype: str = "auto", **overrides: Any) -> Iterat
         _take_down()
 
 
+def why_not() -> str | None:
+    """Return why our cache dtypes cannot be tested in this process, or None; registers them."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    plugin.register()
+    return plugin.why_not()
+
+
 def on_cpu() -> bool:
     """Whether this vLLM runs on the CPU."""
     from vllm.platforms import current_platform
@@ -76,9 +87,16 @@ def on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def has_v2_runner_on_cpu() -> bool:
+    """Whether vLLM's CPU engine has the V2 model runner, which needs Triton or its interpreter."""
+    from vllm.triton_utils import HAS_TRITON
+
+    return HAS_TRITON and importlib.util.find_spec("vllm.v1.worker.cpu.model_runner") is not None
+
+
 def _choose_backend(kv_cache_dtype: str) -> None:
-    """Put our backend in the place of the only one that vLLM's CPU platform knows."""
-    if not on_cpu():
+    """Put our backend in the place of the only one that the patched vLLM's CPU platform knows."""
+    if not on_cpu() or not plugin.is_patched():
         return
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention layer refuses when it is made; needs the patched vLLM."""
+"""What an attention layer refuses when it is made; needs vLLM."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
-if importlib.util.find_spec("vllm.turbokv_hooks") is None:
-    pytest.skip("this vLLM is not the patched one", allow_module_level=True)
+from tests.vllm import engine
+
+if (reason := engine.why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.mark.parametrize(
