@@ -9,7 +9,9 @@ patched 0.26.0 and of 0.28 to 0.33, whose Python files are enough.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 import types
 from typing import Any
 
@@ -79,7 +81,10 @@ def pretend() -> None:
 
 
 def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return backends, page sizes, groups, shapes and a step's metadata, as JSON types."""
+    """Return backends, page sizes, groups, shapes and a step's metadata, as JSON types.
+
+    ``memory`` among the arguments is the cache's, in bytes: it is counted, not allocated.
+    """
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -88,12 +93,14 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
     from vllm.v1.worker.gpu import attn_utils
 
     settings = {"max_model_len": 2048, "load_format": "dummy", **arguments}
+    memory = settings.pop("memory", None)
     config = EngineArgs(
         model=model, skip_tokenizer_init=True, kv_cache_dtype=dtype, **settings
     ).create_engine_config()
     config.__post_init__()  # as the engine of a server does with what it is sent
     hf = config.model_config.hf_text_config
-    kinds = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
+    hf.allow_global_per_layer_attribute_access = True  # Gemma 4's head_dim is that of its windows
+    kinds = _kinds(hf)
     torch.set_default_dtype(torch.bfloat16)
     found: dict[str, Any] = {
         "v2": config.use_v2_model_runner,
@@ -111,12 +118,14 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
         found["dtypes"] = [layer.kv_cache_dtype for layer in layers.values()]
         current_platform.update_block_size_for_backend(config)
         specs = attn_utils.get_kv_cache_spec(config)
-        if "linear_attention" in kinds:
+        is_hybrid = config.model_config.is_hybrid
+        if is_hybrid:
             specs |= _linear_specs(config, kinds, MambaSpec)
         found["block_size"] = config.cache_config.block_size
         found["pages"] = sorted({spec.page_size_bytes for spec in specs.values()})
         found["slots"] = sorted({_token_bytes(spec) for spec in specs.values()} - {0})
-        cache = _cache_config(config, specs)
+        cache = _cache_config(config, specs, memory)
+        found["capacity"] = _capacity(config, cache)
         found["groups"] = [
             [type(g.kv_cache_spec).__name__, len(g.layer_names)] for g in cache.kv_cache_groups
         ]
@@ -124,7 +133,8 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
             {g.kv_cache_spec.page_size_bytes for g in cache.kv_cache_groups}
         )
         found["blocks"] = cache.num_blocks
-        if "linear_attention" in kinds:
+        found["layout"] = getattr(config.cache_config, "kv_cache_layout", None)
+        if is_hybrid or memory:
             return found
         groups, graphs, sizes = attn_utils.init_attn_backend(cache, config, torch.device("cpu"))
         flat = [group for several in groups for group in several]
@@ -139,20 +149,36 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def _make_layers(config: Any, kinds: list[str], prefix: str) -> None:
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
     hf = config.model_config.hf_text_config
     for i, kind in enumerate(kinds):
-        if kind == "linear_attention":
+        if not kind.endswith("attention") or kind == "linear_attention":
+            continue
+        heads, dim = hf.num_key_value_heads, hf.head_dim
+        arch = getattr(config.model_config, "model_arch_config", None)
+        if hasattr(arch, "__getitem__"):  # sizes may differ by layer (Gemma 4)
+            heads, dim = arch[i].total_num_kv_heads, arch[i].head_size
+        common = {
+            "num_kv_heads": heads,
+            "cache_config": config.cache_config,
+            "prefix": f"{prefix}.layers.{i}.self_attn.attn",
+        }
+        if kind == "chunked_attention":
+            ChunkedLocalAttention(
+                hf.num_attention_heads,
+                dim,
+                dim**-0.5,
+                attention_chunk_size=hf.attention_chunk_size,
+                **common,
+            )
             continue
         Attention(
             hf.num_attention_heads,
-            hf.head_dim,
-            hf.head_dim**-0.5,
-            num_kv_heads=hf.num_key_value_heads,
-            cache_config=config.cache_config,
+            dim,
+            dim**-0.5,
             per_layer_sliding_window=hf.sliding_window if kind == "sliding_attention" else None,
-            prefix=f"{prefix}.layers.{i}.self_attn.attn",
+            **common,
         )
 
 
@@ -172,11 +198,28 @@ def _token_bytes(spec: Any) -> int:
     return 0 if heads is None else int(spec.real_page_size_bytes // (spec.block_size * heads))
 
 
-def _cache_config(config: Any, specs: dict[str, Any]) -> Any:
-    """Return what vLLM allocates in 256 MiB."""
+def _kinds(hf: Any) -> list[str]:
+    """Return the kind of each layer, as Transformers calls them."""
+    blocks = getattr(hf, "layers_block_type", None)  # Nemotron-H
+    if blocks:
+        return ["full_attention" if block == "attention" else block for block in blocks]
+    kinds = getattr(hf, "layer_types", None)
+    return list(kinds or ["full_attention"] * hf.num_hidden_layers)
+
+
+def _capacity(config: Any, cache: Any) -> int:
+    """Return the tokens that vLLM says the cache holds."""
     from vllm.v1.core import kv_cache_utils
 
-    memory = [256 << 20]
+    get = kv_cache_utils.get_max_concurrency_for_kv_cache_config
+    return int(get(config, cache) * config.model_config.max_model_len)
+
+
+def _cache_config(config: Any, specs: dict[str, Any], memory_bytes: int | None = None) -> Any:
+    """Return what vLLM allocates, by default in 256 MiB."""
+    from vllm.v1.core import kv_cache_utils
+
+    memory = [memory_bytes or 256 << 20]
     _resolve_layout(config, specs)
     if hasattr(kv_cache_utils, "get_kv_cache_configs"):
         return kv_cache_utils.get_kv_cache_configs(config, [specs], memory)[0]
@@ -254,8 +297,13 @@ def _linear_specs(config: Any, kinds: list[str], spec: Any) -> dict[str, Any]:
         block_size=cache.mamba_block_size or model_config.max_model_len,
         page_size_padded=cache.mamba_page_size_padded,
         mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+        mamba_cache_mode=cache.mamba_cache_mode,
     )
-    return {f"model.layers.{i}.linear": one for i, k in enumerate(kinds) if k.startswith("linear")}
+    return {
+        f"model.layers.{i}.linear": one
+        for i, kind in enumerate(kinds)
+        if kind in ("linear_attention", "mamba")
+    }
 
 
 if __name__ == "__main__":
@@ -264,5 +312,7 @@ if __name__ == "__main__":
         try:
             answer = {"found": describe(*json.loads(line))}
         except Exception as error:  # whatever vLLM raises is the answer
+            if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+                traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

@@ -76,13 +76,32 @@ def test_a_plain_configuration_passes() -> None:
 
 def test_a_backend_that_vllm_itself_asks_for_is_taken() -> None:
     """Triton's, for two head sizes, where FlashAttention 4 is missing (Gemma 4)."""
-    sizes = SimpleNamespace(layer_types=None, head_dim=256, global_head_dim=512)
+
+    class Layers(list[Any]):
+        total_num_hidden_layers = 2
+
+    sizes = Layers(SimpleNamespace(head_size=size) for size in (256, 512))
     triton = {"attention_config__backend": SimpleNamespace(name="TRITON_ATTN")}
-    gemma4 = config(model_config__hf_text_config=sizes, **triton)
+    gemma4 = config(model_config__model_arch_config=sizes, **triton)
     hooks.check_and_update_config(gemma4)
     assert gemma4.attention_config.backend is None
     with pytest.raises(ValueError, match="wanted TURBOKV or none, got TRITON_ATTN"):
         hooks.check_and_update_config(config(**triton))
+
+
+def test_chunked_attention_needs_a_vllm_that_asks_for_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from turbokv.integrations.vllm import startup
+
+    text = SimpleNamespace(layer_types=None, attention_chunk_size=8192)
+    for patched in (False, True):
+        monkeypatch.setattr(startup, "_asks_for_pages", lambda patched=patched: not patched)
+        if not patched:
+            hooks.check_and_update_config(config(model_config__hf_text_config=text))
+            continue
+        with pytest.raises(ValueError, match=r"within chunks .* use vLLM 0.28 or newer"):
+            hooks.check_and_update_config(config(model_config__hf_text_config=text))
 
 
 def test_images_whose_tokens_see_each_other_are_scheduled_whole() -> None:

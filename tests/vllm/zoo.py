@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random models of the text-generation architectures that Transformers and vLLM both have."""
+"""Tiny random models of the text-generation architectures that Transformers and vLLM both have.
+
+:func:`measure` serves one with a 16-bit cache and with a compressed one and compares the answers.
+"""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+
+from tests.vllm import engine as e
 
 VOCAB = 512
 # Large enough for attention to look at particular tokens, small enough for logits to stay sane.
@@ -225,3 +230,104 @@ def make(name: str, folder: pathlib.Path, seed: int = 0) -> str:
         written["architectures"] = [name]
         (path / "config.json").write_text(json.dumps(written))
     return str(path)
+
+
+# --- serving --------------------------------------------------------------------------------------
+
+KV_CACHE_DTYPE = "tq_k8v4"
+# Most tokens are read compressed, the newest and the first in 16 bits.
+OPTIONS = {"window": 32, "sinks": 4}
+LENGTHS = (200, 40, 5, 130)
+TOKENS = 8
+# Mean difference of the five best log-probabilities that a served model may have, in nats.
+LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one architecture.
+
+    Attributes
+    ----------
+    name
+        Of the architecture.
+    error, agreed
+        Difference to the 16-bit cache in nats, and the share of tokens that are the same; None
+        unless it was served.
+    other_tokens
+        The same difference where the older half of each prompt has other tokens: what an error of
+        reading the wrong tokens looks like.
+    refusal
+        The sentence that refused it, or None.
+    failure
+        Any other error of the compressed cache, or None.
+    no_reference
+        Why this vLLM does not serve the model with a 16-bit cache here, or None.
+    """
+
+    name: str
+    error: float | None = None
+    agreed: float | None = None
+    other_tokens: float | None = None
+    refusal: str | None = None
+    failure: str | None = None
+    no_reference: str | None = None
+
+    def to_json(self) -> str:
+        """Return a line of JSON."""
+        return json.dumps(asdict(self))
+
+
+def _serve(
+    model: str, kv_cache_dtype: str, entry: Architecture, requests: list[list[int]]
+) -> list[e.Answer]:
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_batched_tokens": 64}
+    if e.on_cpu():
+        settings |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 1 << 27}
+    if kv_cache_dtype != "auto":
+        settings["turbokv"] = OPTIONS
+    with e.engine(model, kv_cache_dtype, **(settings | entry.engine)) as llm:
+        return e.ask(llm, requests, TOKENS)
+
+
+def measure(name: str, folder: pathlib.Path) -> Outcome:
+    """Serve a tiny model of an architecture with and without compression, and compare."""
+    entry, model = ZOO[name], make(name, folder)
+    requests = e.prompts(LENGTHS, VOCAB)
+    half = [
+        [*others[: len(ids) // 2], *ids[len(ids) // 2 :]]
+        for others, ids in zip(e.prompts(LENGTHS, VOCAB, seed=1), requests, strict=True)
+    ]
+    other_tokens = None
+    try:
+        plain = _serve(model, "auto", entry, requests + half)
+    except Exception as error:  # vLLM's reasons are of all kinds
+        if entry.refusal is None:
+            return Outcome(name, no_reference=_reason(error))
+        plain = []  # ours comes first
+    else:
+        wanted, others = plain[: len(requests)], plain[len(requests) :]
+        other_tokens = e.compare(others, wanted).error
+    try:
+        got = _serve(model, KV_CACHE_DTYPE, entry, requests)
+    except Exception as error:
+        reason = _reason(error)
+        is_sentence = f"kv_cache_dtype={KV_CACHE_DTYPE}" in reason
+        return Outcome(
+            name,
+            other_tokens=other_tokens,
+            refusal=reason if is_sentence else None,
+            failure=None if is_sentence else reason,
+        )
+    if not plain:
+        return Outcome(name, failure="served, though it should have been refused")
+    found = e.compare(got, wanted)
+    return Outcome(name, found.error, found.agreed, other_tokens)
+
+
+def _reason(error: Exception) -> str:
+    """Return the sentence of ours in an error, or its last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    ours = [line for line in lines if f"kv_cache_dtype={KV_CACHE_DTYPE}" in line]
+    text = (ours or lines or [""])[-1 if not ours else 0]
+    return f"{type(error).__name__}: {text}"[:400]

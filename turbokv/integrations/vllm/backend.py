@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 
-from turbokv.integrations.vllm import compat
+from turbokv.integrations.vllm import compat, page_plan
 from turbokv.integrations.vllm.attention.impl import TurboKVImpl
 from turbokv.integrations.vllm.attention.metadata import TurboKVMetadataBuilder
 from turbokv.integrations.vllm.dtypes import (
     CACHE_DTYPES,
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
-    slot_bytes,
 )
 from turbokv.integrations.vllm.plugin.backends import class_name
 from turbokv.paged import TILE
@@ -79,7 +78,8 @@ class TurboKVAttentionBackend(AttentionBackend):  # type: ignore[misc]
         """Return the shape of a layer's pages, uint8; the last two dimensions are opaque."""
         # what vLLM says is the model's dtype, which a drafter may not have
         dtype = cls.cache_dtype or (cache_dtype_str if cache_dtype_str in CACHE_DTYPES else "tq4")
-        return num_blocks, num_kv_heads, block_size, slot_bytes(dtype, head_size)
+        slot = page_plan.slot_bytes(dtype, num_kv_heads, head_size)
+        return num_blocks, num_kv_heads, block_size, slot
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ class TurboKVAttentionBackend(AttentionBackend):  # type: ignore[misc]
     @classmethod
     def supported_kv_cache_layouts(cls) -> Any:
         """Take each head's tokens of a page together: heads before tokens (vLLM 0.29 and newer)."""
-        return compat.page_layouts()
+        return compat.page_layouts(packed=page_plan.packs_blocks())
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -107,7 +107,7 @@ class TurboKVAttentionBackend(AttentionBackend):  # type: ignore[misc]
             raise TypeError(f"{cls.__name__}: wanted the class of one cache dtype, got that of all")
         if spec.head_size_v not in (None, spec.head_size):
             raise ValueError(compat.unequal_sizes("a layer", cls.cache_dtype, spec))
-        slot = slot_bytes(cls.cache_dtype, spec.head_size)
+        slot = page_plan.slot_bytes(cls.cache_dtype, spec.num_kv_heads, spec.head_size)
         return dataclasses.replace(spec, state_content_bytes=slot)
 
     @classmethod

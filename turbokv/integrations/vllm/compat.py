@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,13 +32,29 @@ def is_opaque(spec: Any) -> bool:
     return bool(spec.kv_quant_mode == getattr(kv_cache_interface.KVQuantMode, "CUSTOM", None))
 
 
-def page_layouts() -> Any:
-    """Return the layouts of caches that our kernels read, None where vLLM has no choice."""
+def page_layouts(*, packed: bool = False) -> Any:
+    """Return the layouts of caches that our kernels read, None where vLLM has no choice.
+
+    With ``packed``, only the one where a block holds the pages of all layers beside each other.
+    """
     if importlib.util.find_spec("vllm.v1.kv_cache_layout") is None:  # before 0.29
         return None
     from vllm.v1.kv_cache_layout import KVCacheLayout
 
+    if packed:
+        return (KVCacheLayout.BLHNC,)
     return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+
+def packs_states() -> bool:
+    """Whether this vLLM puts several linear layers' states into one block (0.30 and newer)."""
+    for name in ("kv_cache_planning", "kv_cache_utils"):
+        if importlib.util.find_spec(f"vllm.v1.core.{name}") is not None:
+            module = importlib.import_module(f"vllm.v1.core.{name}")
+            pack = getattr(module, "_get_packed_kv_cache_groups", None)
+            if pack is not None:
+                return "states_per_block" in inspect.getsource(pack)
+    return False
 
 
 def unequal_sizes(name: str, cache_dtype: str, sizes: Any) -> str:
@@ -105,9 +123,9 @@ def own_layer(impl: Any, vllm_config: Any) -> tuple[str, Any]:
 
 def makes_drafter() -> bool:
     """Whether vLLM says that the model it is making now drafts for another."""
-    from vllm.compilation import backends
-
-    return backends.model_tag in ("draft_model", "eagle_head")
+    # whoever says so has imported the module, which needs all of vLLM's native operators
+    backends = sys.modules.get("vllm.compilation.backends")
+    return getattr(backends, "model_tag", None) in ("draft_model", "eagle_head")
 
 
 def cached_layers(model: Any, vllm_config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Everything that would otherwise fail in the middle of serving, or answer wrongly
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,6 +59,12 @@ def _model(config: Any, options: Options) -> Iterator[str]:
             "bidirectional attention over image tokens is not supported with this vLLM; serve text"
             " only (--language-model-only), or use vLLM 0.28 or newer"
         )
+    text = getattr(model, "hf_text_config", None)
+    if getattr(text, "attention_chunk_size", None) and not _asks_for_pages():
+        yield (
+            "attention within chunks (Llama 4) is not supported with the patched vLLM 0.26; use"
+            " vLLM 0.28 or newer"
+        )
     if model.dtype not in (torch.float16, torch.bfloat16):
         yield f"activations of {model.dtype} are not supported; use float16 or bfloat16"
     head_dim = model.get_head_size()
@@ -71,6 +78,11 @@ def _takes_images(model: Any) -> bool:
     if multimodal is None or getattr(multimodal, "language_model_only", False):
         return False
     return any(multimodal.get_limit_per_prompt(kind) for kind in ("image", "video"))
+
+
+def _asks_for_pages() -> bool:
+    """Whether this vLLM asks us for the pages of layers of any kind: all but the patched."""
+    return importlib.util.find_spec("vllm.turbokv_hooks") is None
 
 
 def _names_images() -> bool:
@@ -107,8 +119,10 @@ def _is_vllms_choice(config: Any) -> bool:
     It does so where FlashAttention 4 is missing, before anyone knows what serves the cache's dtype,
     and only if the user has asked for none.
     """
-    text = config.model_config.hf_text_config
-    sizes = {getattr(text, "head_dim", None), getattr(text, "global_head_dim", None)} - {None}
+    arch: Any = getattr(config.model_config, "model_arch_config", None)
+    if not hasattr(arch, "__getitem__"):
+        return False
+    sizes = {arch[i].head_size for i in range(arch.total_num_hidden_layers)}
     return len(sizes) > 1 and config.attention_config.backend.name == "TRITON_ATTN"
 
 

@@ -169,6 +169,8 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             return
         if self.options.calibration_file is not None:
             self._calibrate(self.options.calibration_file)
+        elif self._is_chunked:
+            self._has_decided = True
         elif not self._has_decided:
             # the worker measures offsets when all weights are there; their memory counts as weights
             self.cache.reserve_offsets(self._max_tokens, self.device)
@@ -188,7 +190,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
                 self.kv_cache_dtype, self.head_size, self.num_kv_heads, layer
             )
             self._has_decided = True
-        if layer.offsets is not None:
+        if layer.offsets is not None and not self._is_chunked:
             total = layer.offsets.mu.shape[0]
             heads = head_slice(total, self.num_kv_heads, *compat.tensor_parallel())
             own = KeyOffsets(layer.offsets.mu[heads], layer.offsets.rotary)
@@ -196,7 +198,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
 
     def take_offsets(self, offsets: KeyOffsets | None) -> None:
         """Take what the worker measured for this layer's heads, or store keys as they are."""
-        if self.kv_sharing_target_layer_name is not None:
+        if self.kv_sharing_target_layer_name is not None or self._is_chunked:
             return
         if offsets is not None:
             self.cache.set_offsets(offsets, self._max_tokens, self.device)
@@ -205,6 +207,16 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
         else:
             self.cache.drop_offsets()
         self._has_decided = True
+
+    @property
+    def _is_chunked(self) -> bool:
+        """Whether the layer attends within chunks of a request (Llama 4), which are its requests.
+
+        The kernels count a key's position from the start of its chunk, so that they cannot tell the
+        offset of its true position: such a layer stores keys as they are.
+        """
+        _, layer = compat.own_layer(self, self.vllm_config)
+        return getattr(layer, "attention_chunk_size", None) is not None
 
     @property
     def _max_tokens(self) -> int:
@@ -337,7 +349,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             key[:count],
             value[:count],
             slot_mapping,
-            kv_cache.flatten(2),
+            self.cache.pages(kv_cache),
             kv_cache.shape[2],
             positions,
             tile_slots,
@@ -362,7 +374,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             self.reserve(query.device)
             return output.fill_(0)
         output = output.view(-1, self.num_heads, self.head_size)
-        pages, page_size = kv_cache.flatten(2), kv_cache.shape[2]
+        pages, page_size = self.storage().pages(kv_cache), kv_cache.shape[2]
         md = attn_metadata
         md.complete()
         if md.num_decode_tokens:

@@ -15,7 +15,7 @@ from turbokv.centring import SEGMENT, KeyOffsets
 from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
 from turbokv.core import Codebook, VectorFormat
 from turbokv.integrations.vllm.dtypes import cache_widths
-from turbokv.paged import TILE
+from turbokv.paged import SCALE_BYTES, TILE
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,15 @@ class CacheLayer:
     def head_dim(self) -> int:
         """Elements of a key or value."""
         return self.k_format.head_dim
+
+    def pages(self, kv_cache: Tensor) -> Tensor:
+        """View a cache, uint8 ``[pages, heads, tokens, bytes]``, as the kernels read pages.
+
+        Tokens may take more bytes in the cache than codes and scales do, so that pages of different
+        layers divide; what is left of a head's part of a page is at its end, and not in the view.
+        """
+        used = self.k_format.packed_dim + self.v_format.packed_dim + 2 * SCALE_BYTES
+        return kv_cache.flatten(2)[..., : kv_cache.shape[2] * used]
 
     def copy_bytes(self) -> int:
         """Return the bytes of one tile's 16-bit copies in this layer."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three methods of vLLM's platform, wrapped: each calls the original and adds to what it answers.
+"""Methods of vLLM's platform, wrapped: each calls the original and adds to what it answers.
 
 ``get_attn_backend_cls`` and ``check_and_update_config`` are what vLLM documents for platforms.
-``_find_non_ssm_backends`` (``_find_non_ssm_backend`` up to vLLM 0.30) is where the size of blocks
-is taken from.
+``_find_non_ssm_backends`` (``_find_non_ssm_backend`` up to vLLM 0.30),
+``update_block_size_for_backend`` and ``_align_hybrid_block_size`` are where the sizes of blocks
+come from.
 """
 
 from __future__ import annotations
@@ -67,7 +68,36 @@ def _extend(platform: Any) -> None:
         _order_all(platform)
     else:
         _order_one(platform)
+    _size_pages(platform)
     setattr(platform, _MARK, True)
+
+
+def _size_pages(platform: Any) -> None:
+    update, align = platform.update_block_size_for_backend, platform._align_hybrid_block_size
+
+    @classmethod  # type: ignore[misc]
+    def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+        """Let pages of layers that differ divide, before vLLM asks how large they are."""
+        if hooks.uses_turbokv(vllm_config) and vllm_config.model_config is not None:
+            from turbokv.integrations.vllm import page_plan
+
+            page_plan.choose_slots(vllm_config)
+        update(vllm_config)
+
+    @classmethod  # type: ignore[misc]
+    def _align_hybrid_block_size(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Let a block hold several states of linear layers, rather than a page hold one."""
+        if vllm_config.cache_config.cache_dtype not in CACHE_DTYPES:
+            align(vllm_config, *args, **kwargs)
+            return
+        from turbokv.integrations.vllm import page_plan
+
+        if not page_plan.align_hybrid(vllm_config):
+            align(vllm_config, *args, **kwargs)
+        page_plan.say_step(vllm_config)
+
+    platform.update_block_size_for_backend = update_block_size_for_backend
+    platform._align_hybrid_block_size = _align_hybrid_block_size
 
 
 def _order_all(platform: Any) -> None:
