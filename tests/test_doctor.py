@@ -104,10 +104,23 @@ def test_vllm_is_judged_as_serve_judges_it(
     vllm = release and VLLM(release, tmp_path, is_patched=False)
     monkeypatch.setattr(doctor.installed, "find", lambda: vllm)
     monkeypatch.setattr(doctor.installed, "has_plugin", lambda: True)
+    monkeypatch.setattr(doctor.installed, "registration_failure", lambda: None)
     found = checks()["vLLM"]
     assert found.status == status
     assert words in found.detail
     assert (found.remedy is None) == (status == "ok")
+
+
+def test_a_plugin_that_does_not_register_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    vllm = VLLM("0.33.0", tmp_path, is_patched=False)
+    monkeypatch.setattr(doctor.installed, "find", lambda: vllm)
+    monkeypatch.setattr(doctor.installed, "has_plugin", lambda: True)
+    monkeypatch.setattr(doctor.installed, "registration_failure", lambda: "AttributeError: gone")
+    found = checks()["vLLM"]
+    assert found.status == "warn"
+    assert "does not register: AttributeError: gone" in found.detail
 
 
 # --- the distribution -----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this machine can run, and what to do about what it cannot.
 
-Engines are looked up by their package metadata and never imported: importing one may start CUDA,
-take a minute, or fail for reasons that are none of ours.
+Engines are looked up by their package metadata and never imported here: importing one may start
+CUDA, or fail for reasons that are none of ours. Whether TurboKV's plugin registers with vLLM is
+asked of a process of its own.
 """
 
 from __future__ import annotations
@@ -295,9 +296,16 @@ def _check_vllm() -> Check:
         return Check("vLLM", "missing", "not installed", f"to serve: {installed.wanted()}")
     said = f"{found.version or 'no version'}" + (", with TurboKV's hooks" * found.is_patched)
     reason = installed.refusal(found)
-    if reason is None:
-        return Check("vLLM", "ok", said if found.is_patched else f"{said}, through the plugin")
-    return Check("vLLM", "warn", f"{said}: TurboKV does not serve on it", reason)
+    if reason is not None:
+        return Check("vLLM", "warn", f"{said}: TurboKV does not serve on it", reason)
+    if found.is_patched:
+        return Check("vLLM", "ok", said)
+    failure = installed.registration_failure()
+    if failure is not None:
+        return Check(
+            "vLLM", "warn", f"{said}, but TurboKV's plugin does not register: {failure}", REINSTALL
+        )
+    return Check("vLLM", "ok", f"{said}, through the plugin")
 
 
 def _check_flashinfer() -> Check:
@@ -352,7 +360,7 @@ def diagnose() -> list[Check]:
         TurboKV's own package, Python, PyTorch, driver, devices, Triton, compilers, optional
         packages, engines, TurboKV's own kernels, and the backend that would run on each device.
         Takes seconds, initialises CUDA if there is a device, and imports neither vLLM nor
-        FlashInfer.
+        FlashInfer into this process; another one registers the plugin with released vLLM.
     """
     compiler = _find_compiler()
     return [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -164,6 +165,35 @@ def test_entry_points_are_found_in_metadata(
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: turbokv-cache\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nturbokv = turbokv:register\n")
     assert installed.has_plugin()
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("def register(): print('a line of vLLM')", None),
+        ("def register(): raise AttributeError('no such hook')", "fails: .*no such hook"),
+        ("import no_such_module", "fails: .*no_such_module"),
+        ("import time\ndef register(): time.sleep(60)", "took more than 2 s"),
+        ("import os\ndef register(): os._exit(3)", "exit status 3"),
+    ],
+)
+def test_what_a_registration_does_is_found_out(
+    module: str, reason: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """vLLM itself only logs what goes wrong in a plugin's import."""
+    info = tmp_path / "turbokv_cache-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.4\nName: turbokv-cache\nVersion: 0.1.0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nturbokv = pretended:register\n")
+    (tmp_path / "pretended.py").write_text(module)
+    package = tmp_path / "turbokv" / "integrations" / "vllm"
+    package.mkdir(parents=True)
+    (package / "plugin.py").write_text("def why_not(): return None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found = installed.registration_failure(2 if "sleep" in module else 60)
+    assert (found is None) == (reason is None), found
+    assert reason is None or re.search(reason, found or ""), found
 
 
 def test_metrics_have_a_folder_while_the_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ PATCHED = (0, 26)
 # Where vLLM looks for plugins, and the name of ours there.
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "turbokv"
 _HOOKS = "turbokv_hooks.py"
+_ANSWER = "turbokv plugin: "
 _VERSION = re.compile(r"^__version__ = (?:version = )?['\"]([^'\"]+)['\"]", re.MULTILINE)
 
 
@@ -76,6 +79,33 @@ def has_plugin() -> bool:
     """Return whether vLLM will find TurboKV's plugin among the entry points that are installed."""
     found = importlib.metadata.entry_points(group=PLUGIN_GROUP)
     return any(point.name == PLUGIN for point in found)
+
+
+def registration_failure(seconds: float = 120) -> str | None:
+    """Return why our plugin does not register with the vLLM that is installed, or None if it does.
+
+    vLLM only logs what a plugin's import raises, and a start with another cache dtype is none of
+    ours to refuse. So the entry point is called here in a process of its own, which imports vLLM:
+    some seconds.
+    """
+    code = (
+        "from importlib.metadata import entry_points\n"
+        f"for point in entry_points(group={PLUGIN_GROUP!r}, name={PLUGIN!r}):\n"
+        "    point.load()()\n"
+        "from turbokv.integrations.vllm.plugin import why_not\n"
+        f"print({_ANSWER!r} + (why_not() or ''), flush=True)\n"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return f"importing vLLM took more than {seconds:.0f} s"
+    answers = [line for line in done.stdout.splitlines() if line.startswith(_ANSWER)]
+    if answers:
+        return answers[-1].removeprefix(_ANSWER) or None
+    last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+    return f"its entry point fails: {last[0]}"
 
 
 def refusal(found: VLLM | None) -> str | None:
