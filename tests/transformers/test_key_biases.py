@@ -152,6 +152,7 @@ def test_fingerprint_of_a_config_is_that_of_its_model_without_weights() -> None:
     model = qwen2()
     assert fingerprint(model.config).config_sha256 == fingerprint(model).config_sha256
     assert fingerprint(model.config).sketch == ()
+    assert fingerprint(model.to("meta")) == fingerprint(model.config)
 
 
 # --- BOS ------------------------------------------------------------------------------------------

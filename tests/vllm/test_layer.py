@@ -163,7 +163,10 @@ def test_offsets_are_those_of_the_rank() -> None:
     layer = CacheLayer.create("tq4", DIM, 1)
     layer.reserve_offsets(600, torch.device("cpu"))
     assert layer.k_offset is not None
+    assert not layer.k_offset.any()
     address = layer.k_offset.data_ptr()
+    layer.reserve_offsets(600, torch.device("cpu"))  # weights are loaded again
+    assert layer.k_offset.data_ptr() == address
     layer.set_offsets(own, 600, torch.device("cpu"))
     assert layer.k_offset is not None
     assert layer.k_offset.shape == (3, 1, DIM)

@@ -104,13 +104,16 @@ def fingerprint(model: Any, name: str = "") -> Fingerprint:
     Parameters
     ----------
     model
-        A model, or its config: then the fingerprint has no samples of weights.
+        A model, or its config: then the fingerprint has no samples of weights. It has none either
+        if the embedding is not in memory (offloaded).
     name
         For messages.
     """
     if isinstance(model, PreTrainedConfig):
         return Fingerprint(architecture_sha256(model), (), name)
     weight: Tensor = model.get_input_embeddings().weight.detach()
+    if weight.is_meta:
+        return Fingerprint(architecture_sha256(model.config), (), name)
     flat = weight.reshape(-1)
     index = torch.arange(SKETCH_SIZE, dtype=torch.int64, device=flat.device)
     sketch = flat[index * (flat.numel() // SKETCH_SIZE)].float().cpu().tolist()

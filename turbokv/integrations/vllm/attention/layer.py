@@ -163,7 +163,14 @@ class CacheLayer:
         self.copies = torch.zeros(shape, dtype=torch.float16, device=device)
 
     def reserve_offsets(self, max_tokens: int, device: torch.device) -> None:
-        """Allocate the offsets of every segment up to ``max_tokens`` positions, all zero."""
+        """Have offsets of zero for every segment up to ``max_tokens`` positions.
+
+        Tables that exist stay where they are, since captured graphs hold the addresses.
+        """
+        if self.k_offset is not None and self.k_offset_rotated is not None:
+            self.k_offset.zero_()
+            self.k_offset_rotated.zero_()
+            return
         shape = (-(-max_tokens // SEGMENT), self.num_kv_heads)
         self.k_offset = torch.zeros((*shape, self.head_dim), dtype=torch.float32, device=device)
         padded = (*shape, self.k_format.padded_dim)

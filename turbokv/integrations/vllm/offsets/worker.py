@@ -64,6 +64,8 @@ class _CentringWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model, then check a calibration file against it or measure offsets on it."""
         result = super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("load_dummy_weights"):
+            return result  # a rank that joins later and gets its weights from others
         after_load(self.vllm_config, self.get_model())  # type: ignore[attr-defined]
         return result
 
