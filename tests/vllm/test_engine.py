@@ -282,6 +282,34 @@ def test_a_mean_that_offsets_leave_is_warned_of(
     assert "tq_k8v4" in warning
 
 
+@pytest.mark.parametrize("travels", [False, True], ids=["pages stay here", "pages travel"])
+def test_offsets_after_weights_came_again(
+    travels: bool, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables stay where graphs read them; biases are taken anew only if others read the pages."""
+    from turbokv.centring import KeyOffsets
+    from turbokv.integrations.vllm.offsets import worker
+
+    monkeypatch.setattr(worker, "_stays_here", lambda _: not travels)
+    model = models.make_tiny("biased", folder / "biased")
+    with run(model, "tq4") as llm:
+        context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        caches = [layer.impl.cache for layer in context.values()]
+        biases = [cache.offsets.mu for cache in caches]
+        for cache in caches:  # as of weights that were others
+            old = KeyOffsets(cache.offsets.mu + 1, cache.offsets.rotary)
+            cache.set_offsets(old, 2 * LONG, cache.k_offset.device)
+        kept = [
+            (c.offsets.mu, c.k_offset, c.k_offset.data_ptr(), c.k_offset.clone()) for c in caches
+        ]
+        llm.collective_rpc("reload_weights")
+        for cache, bias, (mu, table, address, rows) in zip(caches, biases, kept, strict=True):
+            assert cache.k_offset is table
+            assert table.data_ptr() == address
+            assert torch.equal(cache.offsets.mu, bias if travels else mu)
+            assert torch.equal(table, rows) != travels
+
+
 def test_a_calibration_file_of_other_weights_is_refused(
     folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -48,6 +48,9 @@ def test_modules_without_a_table_have_no_embedding() -> None:
     module.is_neox_style = False
     found = rotary.of_model(torch.nn.ModuleList([module, module]))
     assert [r.interleaved for r in found] == [True]
+    module.register_buffer("inv_freq", rotary_frequencies(32).float())
+    module.register_buffer("original_inv_freq", rotary_frequencies(32).float())
+    assert [r.rotary_dim for r in rotary.of_model(module)] == [64, 32]
 
 
 def test_a_file_is_read_once_until_it_changes(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from turbokv.centring import KeyOffsets, no_rotary
+from turbokv.centring import KeyOffsets
 from turbokv.integrations.vllm.offsets import rotary
 
 
@@ -44,9 +44,8 @@ def offsets_of(model: Any, layer: Any, impl: Any) -> KeyOffsets | None:
         return None
     mu = bias.detach()[queries : queries + keys].to("cpu", torch.float32)
     mu = mu.view(impl.num_kv_heads, impl.head_size)
+    # a layer without one may have none, or be rotated from outside (vLLM's Transformers backend)
     embeddings = [m for m in parent.modules() if hasattr(m, "cos_sin_cache")]
-    if not embeddings:
-        return KeyOffsets(mu.clone(), no_rotary())
     entry = rotary.of_module(embeddings[0]) if len(embeddings) == 1 else None
     if entry is None or entry[0].rotary_dim > impl.head_size:
         return None

@@ -72,7 +72,11 @@ def of_module(module: Any) -> tuple[Rotary, float] | None:
 
 
 def of_model(model: Any) -> list[Rotary]:
-    """Return the plain embeddings that a model has, each once."""
+    """Return the plain embeddings that a model may have, each once; pairs may be in either order.
+
+    From the tables of vLLM's modules, and from the frequencies of Transformers' where vLLM runs
+    its models.
+    """
     found: list[Rotary] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -82,4 +86,7 @@ def of_model(model: Any) -> list[Rotary]:
             entry = of_module(module)
             if entry is not None:
                 found.append(entry[0])
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            found.append(Rotary(buffer.detach().to("cpu", torch.float64)))
     return found
