@@ -64,19 +64,28 @@ def reference(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, sinks: Tensor | Non
 
 
 @needs_vllm
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("capacity", [512, 64], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("reads_cache_only", [False, True], ids=["fresh values", "from pages"])
 @pytest.mark.parametrize(
     ("window", "sinks"), [(None, None), (48, None), (None, torch.tensor([2.0, 0.0, 1.0, -1.0]))]
 )
 def test_prefill_sees_the_later_tokens_of_an_image(
-    window: int | None, sinks: Tensor | None, reads_cache_only: bool, capacity: int
+    window: int | None, sinks: Tensor | None, reads_cache_only: bool, capacity: int, device: str
 ) -> None:
+    from turbokv.integrations.vllm import compat
     from turbokv.integrations.vllm.prefill.flash_attention import Prefill, PrefillGroup, Workspace
     from turbokv.integrations.vllm.prefill.images import LaterTokens
 
     if window is not None and capacity < 512:
         pytest.skip("windows are never cut")
+    steps: Any = steps_torch
+    dtype, version = torch.float32, 0
+    if device == "cuda":
+        from turbokv.integrations.vllm.attention import steps_cuda
+
+        steps, dtype = steps_cuda, torch.bfloat16
+        version = compat.flash_attention_version(DIM) or 0
     q_lens, seq_lens = [40, 24], [40, 150]
     images = {0: [(3, 22)], 1: [(130, 149)]}
     layer = CacheLayer.create("tq_k8v4", DIM, KV_HEADS)
@@ -92,21 +101,23 @@ def test_prefill_sees_the_later_tokens_of_an_image(
         steps_torch.store(layer, k, v, slots, pages, PAGE, None, None)
         stored.append((k, v))
         queries.append(torch.randn(q_lens[row], HEADS, DIM, generator=generator))
-    query = torch.cat(queries)
+    query = torch.cat(queries).to(device, dtype)
     key, value = (
-        torch.cat([kv[i][-n:] for kv, n in zip(stored, q_lens, strict=True)]) for i in (0, 1)
+        torch.cat([kv[i][-n:] for kv, n in zip(stored, q_lens, strict=True)]).to(device, dtype)
+        for i in (0, 1)
     )
+    pages, table = pages.to(device), table.to(device)
     held = AttentionSinks()
     if sinks is not None:
-        held.load(sinks)
+        held.load(sinks.to(device))
     prefill = Prefill(
-        steps_torch,
+        steps,
         AttentionShape(HEADS, KV_HEADS, DIM, DIM**-0.5, window, 0.0),
-        Workspace(capacity, 64, torch.float32, torch.device("cpu")),
+        Workspace(capacity, 64, dtype, torch.device(device)),
         held,
         lambda: layer,
         reads_cache_only=reads_cache_only,
-        fa_version=0,
+        fa_version=version,
     )
     out = torch.empty_like(query)
     for group in plan(q_lens, seq_lens, capacity, window):
@@ -118,19 +129,24 @@ def test_prefill_sees_the_later_tokens_of_an_image(
         if group.is_chunked:
             for first in range(0, group.context_lens[0], capacity):
                 count = min(capacity, group.context_lens[0] - first)
-                pieces.append((first, count, torch.tensor([0, count], dtype=torch.int32)))
+                pieces.append(
+                    (first, count, torch.tensor([0, count], dtype=torch.int32, device=device))
+                )
         totals = [b + kv for b, kv in zip(group.begins, group.kv_lens, strict=True)]
         q_at, k_at, starts = reversed_tokens(spans(images, group.first, group.q_lens, totals), cu_q)
         part = PrefillGroup(
             group,
             slice(group.first, group.last),
             slice(begins[0], begins[0] + cu_q[-1]),
-            torch.tensor(cu_q, dtype=torch.int32),
-            torch.tensor(cu_k, dtype=torch.int32),
-            torch.tensor(group.begins, dtype=torch.int32),
+            torch.tensor(cu_q, dtype=torch.int32, device=device),
+            torch.tensor(cu_k, dtype=torch.int32, device=device),
+            torch.tensor(group.begins, dtype=torch.int32, device=device),
             pieces=tuple(pieces),
             images=LaterTokens(
-                torch.tensor(q_at), torch.tensor(k_at), torch.tensor(starts, dtype=torch.int32), 20
+                torch.tensor(q_at, device=device),
+                torch.tensor(k_at, device=device),
+                torch.tensor(starts, dtype=torch.int32, device=device),
+                20,
             ),
         )
         prefill.run(part, query, key, value, pages, PAGE, table, None, out, sees_images=True)
@@ -139,7 +155,7 @@ def test_prefill_sees_the_later_tokens_of_an_image(
         n = q_lens[row]
         seen = mask(n, seq_lens[row], images[row], window)
         wanted = reference(queries[row], k, v, seen, sinks)
-        error = (out[at : at + n].double() - wanted).norm() / wanted.norm()
+        error = (out[at : at + n].double().cpu() - wanted).norm() / wanted.norm()
         # 4-bit values where they come from pages; an image that is causal is off by 0.3 and more
         assert error < 0.12, (row, error)
         causal = reference(queries[row], k, v, mask(n, seq_lens[row], [], window), sinks)

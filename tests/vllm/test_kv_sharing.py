@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 from typing import Any
 
 import pytest
 import torch
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
-
 from tests.vllm import engine as e
 from tests.vllm import zoo
 from turbokv.integrations.vllm.window.pool import live_windows
+
+if (reason := e.why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 CPU = e.on_cpu()
 if not CPU and not torch.cuda.is_available():

@@ -6,17 +6,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 
 import pytest
 import torch
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
-
 from tests.vllm import engine as e
 from tests.vllm import zoo
+
+if (reason := e.why_not()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 if not e.on_cpu() and not torch.cuda.is_available():
     pytest.skip("neither vLLM's CPU engine nor a GPU", allow_module_level=True)

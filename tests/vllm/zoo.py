@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -148,6 +149,8 @@ ZOO: dict[str, Architecture] = {
             "num_global_key_value_heads": 1,
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": VOCAB,
+            "num_experts": None,
+            "moe_intermediate_size": None,
         },
         unscaled=True,
     ),
@@ -306,6 +309,10 @@ def measure(name: str, folder: pathlib.Path) -> Outcome:
             return Outcome(name, no_reference=_reason(error))
         plain = []  # ours comes first
     else:
+        if not all(
+            math.isfinite(p) for answer in plain for top in answer.top for p in top.values()
+        ):
+            return Outcome(name, no_reference="its answers are not numbers on this engine")
         wanted, others = plain[: len(requests)], plain[len(requests) :]
         other_tokens = e.compare(others, wanted).error
     try:
