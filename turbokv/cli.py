@@ -383,7 +383,7 @@ def plan(
     model: Annotated[
         pathlib.Path, typer.Argument(help="A config.json, or a model folder that holds one.")
     ],
-    gpu_memory: Annotated[float, typer.Option(help="GiB of GPU memory for the model.")] = 80.0,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of memory of one GPU.")] = 80.0,
     context: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 32_768,
     utilisation: Annotated[float, typer.Option(help="Share of the memory to use.")] = 0.9,
     weight_bits: Annotated[
@@ -394,6 +394,12 @@ def plan(
         float, typer.Option(help="Share of the cache for 16-bit copies of the newest tokens.")
     ] = 0.02,
     presets: Annotated[str, typer.Option(help="Comma list such as k4v4,k5v3; or all.")] = "all",
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages of layers, each on GPUs of its own.")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
+    model_type: Annotated[
+        str | None, typer.Option(help="A known type that an unknown model is built like.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say how many tokens and sequences fit a GPU at bf16, fp8 and each preset."""
@@ -408,6 +414,10 @@ def plan(
         activation_reserve=reserve,
         recent_fraction=recent_fraction,
         presets=_names(presets, planner.PRESETS),
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        data_parallel=dp,
+        model_type=model_type,
     )
     if as_json:
         _print_json(result.to_dict())

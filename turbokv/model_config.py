@@ -1,78 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's ``config.json`` says of its memory: layers that hold a cache, and weights.
+"""What a model's ``config.json`` says of its layers and of the cache that each holds.
 
-No model is loaded and nothing is downloaded. Weights are counted from safetensors headers that lie
-beside the config, else estimated from it.
+No model is loaded and nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
-import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from turbokv.model_families import ENCODER_DECODERS, ENCODERS, FAMILIES, RECURRENT, Family
+from turbokv.model_quantisation import Quantisation, read_quantisation
+
 Kind = Literal["full", "sliding", "latent", "linear"]
-# Transformers' names of layer types, the two of older configs included.
-_KINDS: dict[str, Kind] = {
-    "attention": "full",
-    "chunked_attention": "sliding",
-    "full_attention": "full",
-    "linear_attention": "linear",
-    "sliding_attention": "sliding",
+Attention = Literal["full", "sliding", "latent"]
+# Named in messages; all are in turbokv.model_families.
+_COMMON = ("deepseek_v3", "gemma3", "gpt_oss", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# Other families' names for what Llama's config calls it.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "head_dim": ("attention_head_dim",),
+    "hidden_size": ("n_embd", "d_model"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "layer_types": ("layers_block_type", "attention_layers"),
+    "linear_conv_kernel_dim": ("conv_kernel", "mamba_d_conv", "conv_L_cache"),
+    "mamba_d_head": ("mamba_head_dim", "mamba_headdim"),
+    "mamba_d_state": ("ssm_state_size",),
+    "mamba_expand": ("expand",),
+    "mamba_n_groups": ("n_groups", "mamba_ngroups"),
+    "mamba_n_heads": ("mamba_num_heads", "n_mamba_heads"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "seq_length", "model_max_length"),
+    "n_shared_experts": ("num_shared_experts", "moe_num_shared_experts"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "sliding_window": ("window_size",),
 }
-_GATED_DELTA: dict[str, Any] = {
-    "attn_output_gate": True,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
+# Transformers' names of layer types, those of older configs included. Attention, whether there is a
+# recurrent state, and whether there is an MLP.
+_LAYER_TYPES: dict[str, tuple[Attention | None, bool, bool]] = {
+    "attention": ("full", False, True),
+    "chunked_attention": ("sliding", False, True),
+    "conv": (None, True, True),
+    "full_attention": ("full", False, True),
+    "global": ("full", False, True),
+    "hybrid": ("full", True, True),
+    "linear_attention": (None, True, True),
+    "local": ("sliding", False, True),
+    "mamba": (None, True, True),
+    "mamba2": (None, True, True),
+    "mlp": (None, False, True),
+    "moe": (None, False, True),
+    "sliding_attention": ("sliding", False, True),
 }
-# What published configs leave to Transformers' defaults, by model_type without "_text".
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": {"head_dim": 256, "sliding_window_pattern": 2, "tie_word_embeddings": True},
-    "gemma3": {
-        "head_dim": 256,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-        "vocab_size": 262_208,
-    },
-    "gemma4": {
-        "global_head_dim": 512,
-        "head_dim": 256,
-        "hidden_size_per_layer_input": 256,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-        "vocab_size": 262_144,
-        "vocab_size_per_layer_input": 262_144,
-    },
-    "qwen2": {"attention_bias": True, "use_sliding_window": False},
-    "qwen2_moe": {"attention_bias": True, "use_sliding_window": False},
-    "qwen3": {"head_dim": 128, "use_sliding_window": False},
-    "qwen3_moe": {"head_dim": 128, "use_sliding_window": False},
-    "qwen3_next": _GATED_DELTA,
-    "qwen3_5": _GATED_DELTA,
-    "qwen3_5_moe": _GATED_DELTA,
-}
-_PLAIN_TYPES = ("llama", "mistral", "mixtral", "deepseek_v2", "deepseek_v3", "smollm3", "glm4_moe")
-KNOWN_TYPES = (*_DEFAULTS, *_PLAIN_TYPES)
-# Layouts with other state than keys and values, which would be planned wrongly in silence.
+# Layouts with states that a family of plain attention does not have.
 _FOREIGN_KEYS = ("hybrid_override_pattern", "linear_attn_config", "mamba_d_state", "ssm_cfg")
-_DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16}
+_PATTERN_LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}  # of Nemotron-H
 
 
 @dataclass(frozen=True)
@@ -106,38 +93,57 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Parameters and the bytes they take on the GPU; ``source`` says how they were counted."""
+class Layer:
+    """What one decoder layer is made of; layers may hold attention and a recurrent state."""
 
-    num_params: int
-    num_bytes: int
-    source: str
+    index: int
+    attention: Attention | None
+    linear: bool
+    mlp: Literal["dense", "sparse"] | None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return the states that the layer holds."""
+        attention: tuple[Kind, ...] = () if self.attention is None else (self.attention,)
+        return (*attention, "linear") if self.linear else attention
 
 
 class ModelConfig:
-    """A decoder's config: what the file says, else what Transformers would assume."""
+    """A decoder's config: what the file says, else what Transformers would assume.
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    Parameters
+    ----------
+    raw
+        The parsed ``config.json``.
+    model_type
+        Taken for the file's own, where a model is built as that one is.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], model_type: str | None = None) -> None:
         nested = raw.get("text_config")
         if nested is not None and not isinstance(nested, Mapping):
             raise TypeError(f"config.text_config: wanted an object, got {nested!r}")
         self._raw = raw
         self._text = raw if nested is None else nested
-        self.model_type = str(self._text.get("model_type") or raw.get("model_type") or "unknown")
-        self.family = self.model_type.removesuffix("_text")
-        self._defaults = _DEFAULTS.get(self.family, {})
-        self.has_towers = any(key in raw for key in ("vision_config", "audio_config"))
+        found = self._text.get("model_type") or raw.get("model_type") or "unknown"
+        self.model_type = str(model_type or found)
+        bare = self.model_type.removesuffix("_text")
+        self.family = bare if bare in FAMILIES else self.model_type
+        self.facts: Family = _known_family(self.family, raw)
         foreign = [key for key in _FOREIGN_KEYS if self._text.get(key)]
-        if foreign:
+        if foreign and not self.facts.linear.startswith("mamba"):
             raise ValueError(
-                f"model: wanted attention layers that can be planned, got {foreign[0]}"
+                f"model: wanted {self.family} without other states than keys and values, got"
+                f" {foreign[0]}"
             )
+        self.has_towers = any(key in raw for key in ("vision_config", "audio_config"))
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value; null and absent are the same."""
-        for source in (self._text, self._defaults):
-            if source.get(key) is not None:
-                return source[key]
+        for source in (self._text, self.facts.defaults):
+            for name in (key, *_ALIASES.get(key, ())):
+                if source.get(name) is not None:
+                    return source[name]
         return default
 
     def __contains__(self, key: str) -> bool:
@@ -155,9 +161,26 @@ class ModelConfig:
             raise ValueError(f"config.{key}: wanted at least {least}, got {value}")
         return value
 
+    def entries(self, key: str, *, or_number: bool = False) -> list[Any] | None:
+        """Return a list of one entry a layer, or None; also for a number if that may be."""
+        value = self.get(key)
+        if value is None or (or_number and isinstance(value, int)):
+            return None
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"config.{key}: wanted a list, got {value!r}")
+        if len(value) != self.num_layers:
+            raise ValueError(f"config.{key}: wanted {self.num_layers} entries, got {len(value)}")
+        return list(value)
+
+    # --- numbers ------------------------------------------------------------------------------
+
     @property
     def num_layers(self) -> int:
         """Number of layers, of every kind."""
+        for key in ("layers_block_type", "hybrid_override_pattern"):
+            listed = self.get(key)
+            if self.family == "nemotron_h" and isinstance(listed, (list, str)):
+                return len(listed)
         return self.number("num_hidden_layers")
 
     @property
@@ -166,10 +189,24 @@ class ModelConfig:
         return self.number("num_attention_heads")
 
     @property
+    def num_kv_heads(self) -> int:
+        """Number of heads of keys and values, as engines cache them."""
+        if self.family == "gpt_bigcode":
+            return 1 if self.get("multi_query", True) else self.num_heads
+        if self.family == "falcon":
+            # older checkpoints give num_kv_heads without meaning it
+            if self.get("new_decoder_architecture"):
+                return self.number("num_kv_heads", self.get("n_head_kv", self.num_heads))
+            return 1 if self.get("multi_query", True) else self.num_heads
+        return self.number("num_key_value_heads", self.num_heads)
+
+    @property
     def head_dim(self) -> int:
         """Elements of a head, from the hidden size where the config does not say."""
         if self.get("head_dim") is None:
             hidden = self.number("hidden_size")
+            if self.family == "zamba2":  # attends over the states and the embeddings
+                hidden *= 2
             if hidden % self.num_heads:
                 raise ValueError(
                     f"config.head_dim: wanted it, because hidden_size {hidden} is no multiple of"
@@ -181,7 +218,7 @@ class ModelConfig:
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding; nested configs may say it outside."""
-        for source in (self._text, self._raw, self._defaults):
+        for source in (self._text, self._raw, self.facts.defaults):
             if source.get("tie_word_embeddings") is not None:
                 return bool(source["tie_word_embeddings"])
         return False
@@ -200,248 +237,223 @@ class ModelConfig:
             raise ValueError(f"config.num_kv_shared_layers: wanted {wanted}, got {shared}")
         return self.num_layers - shared
 
-    def checkpoint_bits(self) -> int | None:
-        """Return the width of the linear layers' weights as published; None if it is not known."""
-        quantised = self._text.get("quantization_config") or self._raw.get("quantization_config")
-        if not quantised:
-            return 16
-        if not isinstance(quantised, Mapping):
-            raise TypeError(f"config.quantization_config: wanted an object, got {quantised!r}")
-        groups = quantised.get("config_groups") or {}
-        weights = [(group.get("weights") or {}).get("num_bits") for group in groups.values()]
-        method = str(quantised.get("quant_method", ""))
-        named = 8 if "fp8" in method or quantised.get("load_in_8bit") else None
-        named = 4 if "fp4" in method or quantised.get("load_in_4bit") else named
-        for bits in (quantised.get("bits"), *weights, named):
-            if bits in (4, 8):
-                return int(bits)
-        return None
+    @property
+    def quantisation(self) -> Quantisation:
+        """The width of the weights as published."""
+        for source in (self._text, self._raw):
+            if source.get("quantization_config"):
+                return read_quantisation(source["quantization_config"])
+        return Quantisation(16)
 
-    def kinds(self) -> list[Kind]:
-        """Return the kind of every layer."""
+    # --- layers -------------------------------------------------------------------------------
+
+    def layers(self) -> list[Layer]:
+        """Return what every layer is made of."""
+        found = []
+        for index, name in enumerate(self._layer_types()):
+            attention, linear, has_mlp = _LAYER_TYPES[name]
+            if self.is_latent and attention is not None:
+                attention = "latent"
+            if attention == "sliding" and self._window_holds_all():
+                attention = "full"
+            if self.family == "zamba2":
+                # recurrent everywhere; the shared attention comes with an MLP
+                linear, has_mlp = True, attention is not None
+            if self.family == "falcon_h1":
+                linear = True
+            if self.family == "nemotron_h":
+                has_mlp = name in ("mlp", "moe")
+            sparse = name == "moe" or (name != "mlp" and self._is_sparse(index))
+            mlp: Literal["dense", "sparse"] = "sparse" if sparse else "dense"
+            found.append(Layer(index, attention, linear, mlp if has_mlp else None))
+        return found
+
+    def _window_holds_all(self) -> bool:
+        """Whether no context of the model is longer than the window, which then never slides."""
+        limit = self.get("max_position_embeddings")
+        return isinstance(limit, int) and limit <= self._window()
+
+    def _window(self) -> int:
+        if "attention_chunk_size" in self and self.family == "llama4":
+            return self.number("attention_chunk_size")
+        return self.number("sliding_window", self.get("attention_chunk_size"))
+
+    def _layer_types(self) -> list[str]:
+        """Return a name of :data:`_LAYER_TYPES` for every layer."""
         count = self.num_layers
-        if self.is_latent:
-            return ["latent"] * count
-        types = self.get("layer_types")
-        if types is not None:
-            if not isinstance(types, list):
-                raise TypeError(f"config.layer_types: wanted a list, got {types!r}")
-            if len(types) != count:
-                raise ValueError(f"config.layer_types: wanted {count} entries, got {len(types)}")
-            unknown = sorted({str(t) for t in types} - set(_KINDS))
+        pattern = self.get("hybrid_override_pattern")
+        if isinstance(pattern, str):
+            unknown = sorted(set(pattern) - set(_PATTERN_LETTERS))
             if unknown:
-                raise ValueError(f"config.layer_types: wanted {sorted(_KINDS)}, got {unknown[0]!r}")
-            return [_KINDS[t] for t in types]
-        if self.get("full_attention_interval") is not None:
+                wanted = "".join(_PATTERN_LETTERS)
+                raise ValueError(
+                    f"config.hybrid_override_pattern: wanted letters of {wanted!r}, got"
+                    f" {unknown[0]!r}"
+                )
+            return [_PATTERN_LETTERS[letter] for letter in pattern]
+        if self.is_latent:  # whose layer types name ways to choose among latents
+            return ["full_attention"] * count
+        types = self.entries("layer_types")
+        if types is not None:
+            unknown = sorted({str(t) for t in types} - set(_LAYER_TYPES))
+            if unknown:
+                names = sorted(_LAYER_TYPES)
+                raise ValueError(f"config.layer_types: wanted {names}, got {unknown[0]!r}")
+            return [str(t) for t in types]
+        own: list[int]
+        if self.family == "bamba":
+            own = self.get("attn_layer_indices", [])
+            return ["attention" if i in own else "mamba" for i in range(count)]
+        if "attn_layer_period" in self:
+            every, first = self.number("attn_layer_period"), self.number("attn_layer_offset", 0, 0)
+            return ["attention" if i % every == first else "mamba" for i in range(count)]
+        if self.family == "lfm2":
+            whole = self.get("full_attn_idxs")
+            own = list(range(count)) if whole is None else whole
+            return ["attention" if i in own else "conv" for i in range(count)]
+        if "full_attention_interval" in self:
             every = self.number("full_attention_interval")
-            return ["full" if (i + 1) % every == 0 else "linear" for i in range(count)]
+            return _every(count, every, "full_attention", "linear_attention")
+        if "chunked_attention_pattern" in self:
+            every = self.number("chunked_attention_pattern")
+            return _every(count, every, "full_attention", "chunked_attention")
+        return self._window_types(count)
+
+    def _window_types(self, count: int) -> list[str]:
+        """As :meth:`_layer_types`, for configs that speak of windows only."""
         if self.get("sliding_window") is None or not self.get("use_sliding_window", True):
-            return ["full"] * count
-        if self.get("sliding_window_pattern") is not None:
+            return ["full_attention"] * count
+        if "sliding_window_pattern" in self:
             every = self.number("sliding_window_pattern")
-            kinds: list[Kind] = ["sliding" if (i + 1) % every else "full" for i in range(count)]
+            kinds = _every(count, every, "full_attention", "sliding_attention")
             if self.family == "gemma4":
-                kinds[-1] = "full"
+                kinds[-1] = "full_attention"
             return kinds
         first = self.number("max_window_layers", 0, least=0) if "use_sliding_window" in self else 0
-        return ["full" if i < first else "sliding" for i in range(count)]
+        return ["full_attention" if i < first else "sliding_attention" for i in range(count)]
 
-    def layer(self, kind: Kind) -> LayerGroup:
-        """Return the state that one layer of this kind holds."""
+    def _is_sparse(self, index: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        if "num_experts" not in self or not self.get("enable_moe_block", True):
+            return False
+        if self.number("num_experts", least=0) == 0:
+            return False
+        types = self.entries("mlp_layer_types")
+        if types is not None:
+            return bool(types[index] == "sparse")
+        chosen = self.get("moe_layers")
+        if isinstance(chosen, list):
+            return index in chosen
+        frequency = self.entries("moe_layer_freq", or_number=True)
+        if frequency is not None:
+            return bool(frequency[index])
+        if "expert_layer_period" in self:
+            offset = self.number("expert_layer_offset", 0, least=0)
+            return index % self.number("expert_layer_period") == offset
+        if "moe_layer_start_index" in self:
+            first = self.number("moe_layer_start_index", least=0)
+            last = self.number("moe_layer_end_index", self.num_layers - 1, least=-1)
+            last = self.num_layers - 1 if last < 0 else last
+            every = self.number("moe_layer_interval", 1)
+            return first <= index <= last and (index + 1) % every == 0
+        step = self.number("decoder_sparse_step", self.get("interleave_moe_layer_step", 1))
+        return (
+            index >= self.number("first_k_dense_replace", 0, least=0)
+            and index not in (self.get("mlp_only_layers") or [])
+            and (index + 1) % step == 0
+        )
+
+    # --- states -------------------------------------------------------------------------------
+
+    def state(self, kind: Kind) -> LayerGroup:
+        """Return the state of this kind that one layer holds."""
         if kind == "latent":
             numbers = self.number("kv_lora_rank") + self.number("qk_rope_head_dim")
             return LayerGroup("latent", 1, num_kv_heads=1, k_dim=numbers)
         if kind == "linear":
-            k_dim, v_dim = self.linear_dims()
-            # the convolution keeps its last inputs at 16 bits; the state is fp32 unless the config
-            # says otherwise
-            conv = (2 * k_dim + v_dim) * (self.number("linear_conv_kernel_dim") - 1) * 2
-            width = 2 if self.get("mamba_ssm_dtype") in ("bfloat16", "float16") else 4
-            state = v_dim * self.number("linear_key_head_dim") * width
-            return LayerGroup("linear", 1, state_bytes=conv + state)
-        heads, dim = self.number("num_key_value_heads", self.num_heads), self.head_dim
+            return LayerGroup("linear", 1, state_bytes=self._state_bytes())
+        heads, dim = self.num_kv_heads, self.head_dim
         if kind == "full":
             dim = self.number("global_head_dim", dim)
             # Gemma 4 has another head count only where keys double as values
             if self.family != "gemma4" or self.get("attention_k_eq_v"):
                 heads = self.number("num_global_key_value_heads", heads)
         v_dim = self.number("v_head_dim", dim)
-        window = None
-        if kind == "sliding":
-            window = self.number("sliding_window", self.get("attention_chunk_size"))
+        window = self._window() if kind == "sliding" else None
         return LayerGroup(kind, 1, num_kv_heads=heads, k_dim=dim, v_dim=v_dim, window=window)
 
+    def _state_bytes(self) -> int:
+        """Return the bytes of a recurrent state: the last inputs of a convolution, and a matrix."""
+        facts = self.facts.linear
+        if facts == "lightning":
+            return self.num_heads * self.head_dim**2 * 4
+        steps = self.number("linear_conv_kernel_dim") - 1
+        if facts == "short_conv":
+            return steps * self.number("hidden_size") * 2
+        width = 2 if self.get("mamba_ssm_dtype") in ("bfloat16", "float16") else 4
+        if facts == "gated_delta":
+            k_dim, v_dim = self.linear_dims()
+            state = v_dim * self.number("linear_key_head_dim") * width
+            return (2 * k_dim + v_dim) * steps * 2 + state
+        # engines keep the state at the model's width unless the config asks for more
+        width = 4 if self.get("mamba_ssm_cache_dtype") == "float32" else 2
+        inner, groups = self.mamba_dims()
+        conv = inner + 2 * groups * (self.number("mamba_d_state") if groups else 0)
+        return conv * steps * 2 + inner * self.number("mamba_d_state") * width
+
     def linear_dims(self) -> tuple[int, int]:
-        """Return the widths of all keys and of all values of a linear-attention layer."""
+        """Return the widths of all keys and of all values of a gated-delta layer."""
         return (
             self.number("linear_num_key_heads") * self.number("linear_key_head_dim"),
             self.number("linear_num_value_heads") * self.number("linear_value_head_dim"),
         )
 
+    def mamba_dims(self) -> tuple[int, int]:
+        """Return the inner width of a Mamba layer and its groups (0 of Mamba 1)."""
+        expanded = self.number("mamba_expand", 2) * self.number("hidden_size")
+        if self.facts.linear == "mamba1":
+            return expanded, 0
+        if self.family == "nemotron_h":
+            expanded = self.number("mamba_n_heads") * self.number("mamba_d_head")
+        return self.number("mamba_d_ssm", expanded), self.number("mamba_n_groups", 1)
+
+
+def _every(count: int, every: int, chosen: str, other: str) -> list[str]:
+    return [chosen if (i + 1) % every == 0 else other for i in range(count)]
+
+
+def _known_family(family: str, raw: Mapping[str, Any]) -> Family:
+    """Return the facts of a family, or raise ValueError saying what it is instead."""
+    if raw.get("is_encoder_decoder") or family in ENCODER_DECODERS:
+        what = "an encoder-decoder model"
+    elif family in ENCODERS:
+        what = "an encoder"
+    elif family in RECURRENT:
+        what = "a model without attention, which has no cache to compress"
+    elif family not in FAMILIES:
+        what = "which is not (name a family that it is built like, if there is one)"
+    else:
+        return FAMILIES[family]
+    raise ValueError(
+        "model_type: wanted a decoder of a family whose shape is known"
+        f" ({', '.join(_COMMON)} and {len(FAMILIES) - len(_COMMON)} more), got {family}, {what}"
+    )
+
+
+def group_states(config: ModelConfig, layers: list[Layer]) -> tuple[LayerGroup, ...]:
+    """Return the state that some of a model's layers hold, grouped by what it is."""
+    unshared = config.num_unshared
+    counts = Counter(kind for layer in layers if layer.index < unshared for kind in layer.kinds)
+    return tuple(replace(config.state(kind), num_layers=n) for kind, n in counts.items())
+
 
 def layer_groups(config: ModelConfig) -> tuple[LayerGroup, ...]:
-    """Return the layers that hold state, grouped by what they hold."""
-    counts = Counter(config.kinds()[: config.num_unshared])
-    return tuple(
-        LayerGroup(**{**asdict(config.layer(kind)), "num_layers": n}) for kind, n in counts.items()
-    )
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-def _attention_params(config: ModelConfig, kind: Kind, holds_cache: bool) -> int:
-    """Return the parameters of one layer's token mixer, biases and inner norms included."""
-    hidden, heads = config.number("hidden_size"), config.num_heads
-    layer = config.layer(kind)
-    if kind == "latent":
-        rank, rope = config.number("kv_lora_rank"), config.number("qk_rope_head_dim")
-        nope, v_dim = config.number("qk_nope_head_dim"), config.number("v_head_dim")
-        q_out = heads * (nope + rope)
-        q_rank = config.number("q_lora_rank", 0, least=0)
-        q = hidden * q_rank + q_rank + q_rank * q_out if q_rank else hidden * q_out
-        kv = hidden * (rank + rope) + rank + rank * heads * (nope + v_dim)
-        return q + kv + heads * v_dim * hidden
-    if kind == "linear":
-        k_dim, v_dim = config.linear_dims()
-        v_heads, conv = config.number("linear_num_value_heads"), 2 * k_dim + v_dim
-        projections = hidden * (conv + v_dim + 2 * v_heads) + v_dim * hidden
-        small = conv * config.number("linear_conv_kernel_dim") + 2 * v_heads
-        return projections + small + config.number("linear_value_head_dim")
-    q_out = heads * layer.k_dim
-    k_out, v_out = layer.num_kv_heads * layer.k_dim, layer.num_kv_heads * layer.v_dim
-    if config.get("attention_k_eq_v") and kind == "full":
-        v_out = 0
-    kv_out = k_out + v_out if holds_cache else 0
-    gate = q_out if config.get("attn_output_gate") else 0
-    params = hidden * (q_out + gate + kv_out) + heads * layer.v_dim * hidden
-    if config.family.startswith(("qwen3", "gemma3", "gemma4")):  # norms of q and k
-        params += layer.k_dim * (2 if holds_cache else 1)
-    if config.get("attention_bias"):
-        params += q_out + kv_out + (0 if config.family.startswith("qwen2") else hidden)
-    return params
-
-
-def _mlp_params(config: ModelConfig, index: int) -> int:
-    """Return the parameters of one layer's gated MLP, or of its experts and router."""
-    hidden = config.number("hidden_size")
-    dense = 3 * hidden * config.number("intermediate_size", 0, least=0)
-    if config.get("use_double_wide_mlp") and index >= config.num_unshared:
-        dense *= 2
-    experts = next(
-        (
-            config.number(k)
-            for k in ("num_experts", "num_local_experts", "n_routed_experts")
-            if k in config
-        ),
-        0,
-    )
-    is_sparse = (
-        experts > 0
-        and index >= config.number("first_k_dense_replace", 0, least=0)
-        and index not in config.get("mlp_only_layers", [])
-        and (index + 1) % config.number("decoder_sparse_step", 1) == 0
-        and config.get("enable_moe_block", True)
-    )
-    if not is_sparse:
-        return dense
-    width = config.number("moe_intermediate_size", config.get("intermediate_size"))
-    shared = config.number("n_shared_experts", 0, least=0) * width
-    gated_shared = config.number("shared_expert_intermediate_size", 0, least=0)
-    params = 3 * hidden * (experts * width + shared + gated_shared) + hidden * experts
-    if gated_shared:
-        params += hidden
-    return params + (dense if config.family == "gemma4" else 0)
-
-
-def _estimate(config: ModelConfig) -> tuple[int, int]:
-    """Return the parameters of linear layers, and of embeddings, output head and norms."""
-    hidden, count = config.number("hidden_size"), config.num_layers
-    vocabulary = config.number("vocab_size")
-    linear = sum(
-        _attention_params(config, kind, i < config.num_unshared) + _mlp_params(config, i)
-        for i, kind in enumerate(config.kinds())
-    )
-    norms = 4 if config.family.startswith("gemma") else 2
-    other = vocabulary * hidden * (1 if config.tied else 2) + (norms * count + 1) * hidden
-    extra = config.number("hidden_size_per_layer_input", 0, least=0)
-    if extra:  # Gemma 4 and 3n: a second embedding, one slice for every layer
-        other += config.number("vocab_size_per_layer_input") * count * extra
-        other += count * hidden + extra
-        linear += 3 * hidden * count * extra
-    return linear, other
-
-
-def _read_header(path: pathlib.Path) -> dict[str, Any]:
-    """Return the JSON header of a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > 100 << 20:  # the format's own limit
-                raise ValueError(f"a header of {size} bytes")
-            header = json.loads(file.read(size))
-    except ValueError as error:
-        raise ValueError(f"model: wanted safetensors, got {path.name}: {error}") from error
-    header.pop("__metadata__", None)
-    return dict(header)
-
-
-def _shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], int | None]:
-    """Return the folder's safetensors files and, if some are absent, the bytes its index gives."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("model*.safetensors")), None
-    content = json.loads(index.read_text(encoding="utf-8"))
-    shards = [folder / name for name in sorted(set(content.get("weight_map", {}).values()))]
-    if shards and all(shard.is_file() for shard in shards):
-        return shards, None
-    total = content.get("metadata", {}).get("total_size")
-    return [], int(total) if total is not None else None
-
-
-def _narrow_bytes(linear: int, other: int, bits: int) -> int:
-    """Return the bytes of weights whose linear layers have ``bits`` and the rest 16.
-
-    Four bits carry a 16-bit scale and zero for every 128 weights, as AWQ and GPTQ store them.
-    """
-    per_weight = bits + 32 / 128 if bits == 4 else bits
-    return math.ceil(linear * per_weight / 8) + 2 * other
-
-
-def count_weights(config: ModelConfig, folder: pathlib.Path | None, bits: int | None) -> Weights:
-    """Return the weights: counted from ``folder``'s safetensors, else estimated.
-
-    ``bits`` is the width to assume for linear layers; None takes the checkpoint as published.
-    """
-    published = config.checkpoint_bits()
-    shards, total_size = _shards(folder) if folder is not None else ([], None)
-    linear, other, stored = 0, 0, 0
-    for shard in shards:
-        for name, entry in _read_header(shard).items():
-            count = math.prod(entry["shape"])
-            width = _DTYPE_BITS.get(entry["dtype"], 8)
-            # engines load plain fp32 checkpoints at 16 bits
-            stored += count * (min(width, 16) if published == 16 else width) // 8
-            if len(entry["shape"]) > 1 and not re.search(r"embed_tokens|lm_head", name):
-                linear += count
-            else:
-                other += count
-    if shards and bits is None:
-        return Weights(linear + other, stored, "counted from safetensors headers")
-    if shards and published == 16 and bits is not None:
-        source = f"counted from safetensors headers, linear layers at {bits} bits"
-        return Weights(linear + other, _narrow_bytes(linear, other, bits), source)
-    # a quantised checkpoint packs its numbers, so parameters are not what its headers list
-    linear, other = _estimate(config)
-    if total_size is not None and bits is None:
-        return Weights(linear + other, total_size, "total of model.safetensors.index.json")
-    used = bits or published or 16
-    source = f"estimated from the config, linear layers at {used} bits"
-    return Weights(linear + other, _narrow_bytes(linear, other, used), source)
+    """Return the state that all layers hold, grouped by what it is."""
+    return group_states(config, config.layers())
 
 
 def read_model(
-    model: str | os.PathLike[str] | Mapping[str, Any],
+    model: str | os.PathLike[str] | Mapping[str, Any], model_type: str | None = None
 ) -> tuple[ModelConfig, pathlib.Path | None]:
     """Read a config.
 
@@ -449,6 +461,8 @@ def read_model(
     ----------
     model
         Path of a ``config.json``, of a folder that holds one, or the parsed config.
+    model_type
+        Taken for the file's own.
 
     Returns
     -------
@@ -458,10 +472,10 @@ def read_model(
     Raises
     ------
     TypeError, ValueError
-        If there is no such file or it holds no JSON object.
+        If there is no such file, it holds no JSON object, or the model is none that can be planned.
     """
     if isinstance(model, Mapping):
-        return ModelConfig(model), None
+        return ModelConfig(model, model_type), None
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model: wanted a path or a dict, got {type(model).__name__}")
     path = pathlib.Path(model)
@@ -475,4 +489,4 @@ def read_model(
         raise ValueError(f"model: wanted {wanted}, got {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"model: wanted a JSON object, got {type(content).__name__} in {path}")
-    return ModelConfig(content), path.parent
+    return ModelConfig(content, model_type), path.parent

@@ -13,20 +13,19 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from turbokv.model_config import (
-    KNOWN_TYPES,
     LayerGroup,
     ModelConfig,
-    Weights,
-    count_weights,
+    group_states,
     layer_groups,
     read_model,
 )
+from turbokv.model_weights import Rank, Weights, count_weights
 from turbokv.paged import PAGE_BITS, TILE, PageLayout
 
 GIB = 1 << 30
@@ -70,14 +69,27 @@ class CacheRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer of :func:`plan`; all sizes in bytes.
+    """The answer of :func:`plan`; all sizes in bytes, of one GPU.
 
-    ``cache_bytes`` is what weights and reserve leave of the memory that may be used; ``notes`` says
-    what the figures do not.
+    Attributes
+    ----------
+    layers, rank_layers
+        What the whole model's layers hold, and those of the rank that has the least room: its
+        stage's layers, with its own KV heads.
+    weights
+        Parameters of the model, and the bytes on that rank.
+    cache_bytes
+        What weights and reserve leave of the memory that may be used.
+    notes
+        What the figures do not say.
     """
 
     model_type: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
     layers: tuple[LayerGroup, ...]
+    rank_layers: tuple[LayerGroup, ...]
     weights: Weights
     gpu_bytes: int
     utilisation: float
@@ -183,7 +195,7 @@ def _rows(
         )
 
 
-# --- the plan -------------------------------------------------------------------------------------
+# --- notes ----------------------------------------------------------------------------------------
 
 
 def _check_real(name: str, value: float, low: float, high: float = math.inf) -> float:
@@ -226,10 +238,83 @@ def _notes(
     if weights.source.startswith("estimated"):
         if config.has_towers:
             yield "weights of vision and audio towers are not counted"
-        if config.family not in KNOWN_TYPES:
-            yield f"model_type {config.model_type} is not known: weights counted as for Llama"
-        if config.checkpoint_bits() is None:
+        if config.quantisation.bits is None:
             yield "the checkpoint's quantisation is not known; set the width of the weights"
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def _stages(num_layers: int, count: int) -> list[range]:
+    """Split layers over pipeline stages as vLLM does: what is left over goes to later stages.
+
+    The last stage, which has the output head, gets none of it.
+    """
+    sizes = [num_layers // count] * count
+    for i in range(2, num_layers % count + 2):
+        sizes[-i] += 1
+    starts = [sum(sizes[:i]) for i in range(count)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _split(groups: Sequence[LayerGroup], ranks: int) -> tuple[LayerGroup, ...]:
+    """Return what one of so many ranks holds of these layers; heads and states are divided."""
+    found = []
+    for group in groups:
+        if group.kind in ("full", "sliding"):
+            group = replace(group, num_kv_heads=max(1, group.num_kv_heads // ranks))
+        elif group.kind == "linear":
+            group = replace(group, state_bytes=-(-group.state_bytes // ranks))
+        found.append(group)
+    return tuple(found)
+
+
+def _ranks(config: ModelConfig, tensor: int, pipeline: int, data: int) -> list[Rank]:
+    """Return one rank of every stage, or raise naming the degree that does not fit the model."""
+    degrees = (("tensor_parallel", tensor), ("pipeline_parallel", pipeline))
+    for name, value in (*degrees, ("data_parallel", data)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: wanted an integer, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name}: wanted 1 or more, got {value}")
+    if pipeline > config.num_layers:
+        raise ValueError(
+            f"pipeline_parallel: wanted at most {config.num_layers}, the layers, got {pipeline}"
+        )
+    heads = [config.num_heads]
+    heads += [g.num_kv_heads for g in layer_groups(config) if g.kind in ("full", "sliding")]
+    for number in heads:
+        if number % tensor and (number == config.num_heads or tensor % number):
+            raise ValueError(
+                f"tensor_parallel: wanted a number that divides {config.num_heads} query heads, and"
+                f" {number} KV heads or is a multiple of them, got {tensor}"
+            )
+    stages = _stages(config.num_layers, pipeline)
+    return [
+        Rank(tensor, stage, is_first=i == 0, is_last=i == pipeline - 1)
+        for i, stage in enumerate(stages)
+    ]
+
+
+def _rank_notes(config: ModelConfig, plan: Plan) -> Iterator[str]:
+    tensor, data = plan.tensor_parallel, plan.data_parallel
+    shared = {g.num_kv_heads for g in plan.layers if g.kind in ("full", "sliding")}
+    for number in sorted(n for n in shared if n < tensor):
+        yield f"{number} KV heads on {tensor} ranks: {tensor // number} ranks hold each head"
+    if tensor > 1 and any(group.kind == "latent" for group in plan.layers):
+        yield f"the latent vector is held by each of {tensor} ranks"
+    if plan.pipeline_parallel > 1:
+        yield (
+            f"of {plan.pipeline_parallel} stages the one with the least room, which bounds all;"
+            " its layers: " + ", ".join(map(_describe, plan.rank_layers))
+        )
+    if data > 1:
+        yield f"figures of one of {data} replicas, which hold {data} times as much in all"
+        if "num_experts" in config:
+            yield "experts counted whole on each replica; expert parallelism divides them"
+
+
+# --- the plan -------------------------------------------------------------------------------------
 
 
 def plan(
@@ -242,8 +327,12 @@ def plan(
     activation_reserve: float = 2.0,
     recent_fraction: float = 0.02,
     presets: Sequence[str] = PRESETS,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    data_parallel: int = 1,
+    model_type: str | None = None,
 ) -> Plan:
-    """Plan the cache of a model on a GPU.
+    """Plan the cache of a model on a GPU, or on each of several.
 
     Parameters
     ----------
@@ -251,7 +340,7 @@ def plan(
         Path of a ``config.json``, of a folder that holds one, or the parsed config. Weights are
         counted from safetensors files beside it, else estimated from the config.
     gpu_memory
-        GiB of the GPU, or of all GPUs that share the model.
+        GiB of one GPU.
     context
         Tokens of a sequence.
     utilisation
@@ -265,6 +354,12 @@ def plan(
         Share of the cache for 16-bit copies of the newest tokens (presets only).
     presets
         Names of TurboKV presets, ``k<bits>v<bits>``.
+    tensor_parallel, pipeline_parallel, data_parallel
+        GPUs that share every layer, stages of layers, and copies of all that. Sequences lie on all
+        GPUs of one copy, so the tightest of its stages bounds them; KV heads fewer than
+        ``tensor_parallel`` are held by several ranks.
+    model_type
+        A known type that the model is built like, if its own is not known.
 
     Returns
     -------
@@ -275,7 +370,8 @@ def plan(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument or the config's key, what was wanted and what was got.
+        Naming the argument or the config's key, what was wanted and what was got; for encoders,
+        encoder-decoders and models whose shape is not known.
     """
     if isinstance(context, bool) or not isinstance(context, int):
         raise TypeError(f"context: wanted an integer, got {context!r}")
@@ -287,22 +383,37 @@ def plan(
     usable = int(gpu_bytes * _check_real("utilisation", utilisation, 0, 1))
     reserve = int(_check_real("activation_reserve", activation_reserve, 0) * GIB)
     _check_real("recent_fraction", recent_fraction, 0, 0.5)
-    config, folder = read_model(model)
-    groups = layer_groups(config)
-    weights = count_weights(config, folder, weight_bits)
-    cache_bytes = max(0, usable - reserve - weights.num_bytes)
-    return Plan(
+    config, folder = read_model(model, model_type)
+    ranks = _ranks(config, tensor_parallel, pipeline_parallel, data_parallel)
+    layers = config.layers()
+    stages = []
+    for rank in ranks:
+        own = [layers[i] for i in rank.layers]
+        groups = _split(group_states(config, own), tensor_parallel)
+        weights = count_weights(config, folder, weight_bits, [rank])
+        room = max(0, usable - reserve - weights.num_bytes)
+        if groups or len(ranks) == 1:
+            rows = tuple(_rows(groups, room, context, recent_fraction, presets))
+            stages.append((groups, weights, room, rows))
+    # every stage with states has to hold those of every sequence
+    groups, weights, room, rows = min(stages, key=lambda stage: stage[3][0].tokens)
+    found = Plan(
         model_type=config.model_type,
-        layers=groups,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        data_parallel=data_parallel,
+        layers=group_states(config, layers),
+        rank_layers=groups,
         weights=weights,
         gpu_bytes=gpu_bytes,
         utilisation=utilisation,
         reserve_bytes=reserve,
-        cache_bytes=cache_bytes,
+        cache_bytes=room,
         context=context,
-        rows=tuple(_rows(groups, cache_bytes, context, recent_fraction, presets)),
-        notes=tuple(_notes(config, groups, context, weights, cache_bytes)),
+        rows=rows,
+        notes=tuple(_notes(config, groups, context, weights, room)),
     )
+    return replace(found, notes=(*_rank_notes(config, found), *found.notes))
 
 
 def _size(num_bytes: float) -> str:
@@ -332,8 +443,10 @@ def render(plan: Plan) -> Table:
         f" reserve and {_size(weights.num_bytes)} weights ({weights.num_params / 1e9:.2f}B"
         f" parameters, {weights.source}): {_size(plan.cache_bytes)} of cache"
     )
+    degrees = (plan.tensor_parallel, plan.pipeline_parallel, plan.data_parallel)
+    names = [f"{name} {n}" for name, n in zip(("tp", "pp", "dp"), degrees, strict=True) if n > 1]
     table = Table(
-        title=f"{plan.model_type}, {plan.context:,} tokens of context",
+        title=", ".join((plan.model_type, f"{plan.context:,} tokens of context", *names)),
         caption="\n".join((f"layers: {layers}", memory, *plan.notes)),
         caption_justify="left",
     )

@@ -123,6 +123,10 @@ def test_heads_draft_what_their_target_says(
             share = accepted(llm)
             print(f"{turn}: {share:.2f} of the drafts accepted")
             assert share > 0.7
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+        maps = {layer.impl.shared_pages for layer in layers}
+    # the head's copies lie in the pool that the target's map is about
+    assert window == BARE or (len(maps) == 1 and maps.pop().window is not None)
 
 
 @both_runners

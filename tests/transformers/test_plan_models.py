@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans against the models that Transformers builds: parameters, and what their caches hold."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from turbokv.model_config import ModelConfig, layer_groups
+from turbokv.model_families import ENCODER_DECODERS, ENCODERS, FAMILIES, RECURRENT
+from turbokv.model_modules import modules
+from turbokv.plan import plan
+
+# Published configs hold these; a class alone has no model or an odd one.
+NEEDED: dict[str, dict[str, Any]] = {
+    "dots1": {"moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2},
+    "glm4_moe": {"head_dim": 128},
+    "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
+    "ministral": {"head_dim": 128, "num_key_value_heads": 8},
+    "nemotron": {"num_key_value_heads": 8},
+}
+
+
+def class_name(family: str) -> str | None:
+    """Return the type of the family's decoder alone, if Transformers has one."""
+    for name in (f"{family}_text", family):
+        if name in CONFIG_MAPPING:
+            return name
+    return None
+
+
+DECODERS = {family: name for family in sorted(FAMILIES) if (name := class_name(family))}
+# The decoders inside models that also see: the model class comes with the towers.
+INSIDE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
+
+
+def build(config: Any, device: str) -> Any:
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model.eval()
+
+
+def published(config: Any, **more: Any) -> dict[str, Any]:
+    """Return the config as ``save_pretrained`` writes it."""
+    found: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {**found, **more}
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS.keys() - INSIDE))
+def test_parameters_are_within_a_percent_of_the_model(family: str) -> None:
+    config = CONFIG_MAPPING[DECODERS[family]](**NEEDED.get(family, {}))
+    model = build(config, "meta")
+    count = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    for raw in (config.to_dict(), published(config)):
+        found = plan(raw, gpu_memory=10_000).weights
+        assert found.source.startswith("estimated")
+        assert found.num_params == pytest.approx(count, rel=0.01)
+
+
+SMALL: dict[str, Any] = {
+    "attention_head_dim": 64,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "ffn_dim": 128,
+    "ffn_hidden_size": 128,
+    "hidden_size": 128,
+    "hidden_size_per_layer_input": 16,
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 128,
+    "kv_lora_rank": 64,
+    "max_position_embeddings": 512,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 8,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 64,
+    "sliding_window": 16,
+    "attention_chunk_size": 16,
+    "vocab_size": 256,
+    "vocab_size_per_layer_input": 256,
+    "word_embed_proj_dim": 128,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 64,
+    "mamba_d_ssm": 256,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 64,
+    "n_mamba_heads": 4,
+    "mamba_headdim": 64,
+    "n_embd": 128,
+    "n_head": 4,
+    "n_layer": 8,
+    "d_model": 128,
+    "n_heads": 4,
+    "n_layers": 8,
+    "num_heads": 4,
+    "num_layers": 8,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_kv_shared_layers": 2,
+    "pad_token_id": None,
+}
+
+
+MIXED = ["linear_attention", "full_attention"] * 4
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 5]},
+    "codegen": {"rotary_dim": 32},
+    "dots1": {"n_shared_experts": 2},
+    "falcon": {"num_kv_heads": 4},
+    "glm4_moe": {"head_dim": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 4]], "window_size": 16},
+    "gptj": {"rotary_dim": 32},
+    "granitemoehybrid": {"layer_types": MIXED},
+    "helium": {"head_dim": 32},
+    "hunyuan_v1_dense": {"head_dim": 64},
+    "ministral": {"head_dim": 64},
+    "nemotron_h": {"n_groups": 1, "moe_shared_expert_intermediate_size": 64},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 4},
+}
+LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa")
+OWN |= {family: {"num_key_value_heads": 4} for family in (*LATENT, "minicpm3", "youtu")}
+
+
+def shrunk(family: str) -> Any:
+    """Return a config of the family's class that a CPU builds in no time."""
+    kind = CONFIG_MAPPING[DECODERS[family]]
+    whole = kind(**NEEDED.get(family, {})).to_dict()
+    small = {key: value for key, value in SMALL.items() if key in whole}
+    return kind(**{**small, **OWN.get(family, {})})
+
+
+def held(cache: Any) -> Counter[tuple[int, int, int]]:
+    """Return how many layers of a cache hold keys and values of which sizes."""
+    found: Counter[tuple[int, int, int]] = Counter()
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is not None and keys.numel():
+            found[keys.shape[1], keys.shape[3], values.shape[3]] += 1
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(DECODERS.keys() - INSIDE))
+def test_layers_hold_what_the_model_caches(family: str) -> None:
+    config = shrunk(family)
+    model = build(config, "cpu")
+    ids = torch.arange(24, dtype=torch.int64)[None] + 3
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    groups = layer_groups(ModelConfig(published(config)))
+    wanted: Counter[tuple[int, int, int]] = Counter()
+    for group in groups:
+        if group.kind in ("full", "sliding"):
+            wanted[group.num_kv_heads, group.k_dim, group.v_dim] += group.num_layers
+    if all(group.kind != "latent" for group in groups):
+        assert held(cache) == wanted
+    else:  # Transformers caches what is expanded, engines the latent vector
+        assert sum(held(cache).values()) == sum(group.num_layers for group in groups)
+    if family != "gpt_neo":  # Transformers keeps the tokens that its windows no longer see
+        windows = {x.sliding_window for x in cache.layers if getattr(x, "is_sliding", False)}
+        assert {group.window for group in groups if group.kind == "sliding"} == windows
+
+
+RECURRENT_PARTS = {f for f, facts in FAMILIES.items() if facts.linear != "gated_delta"}
+RECURRENT_PARTS |= {"olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next"}
+OWN_CACHE = {"minimax"}
+
+
+@pytest.mark.parametrize("family", sorted(RECURRENT_PARTS - OWN_CACHE))
+def test_recurrent_states_have_the_model_s_size(family: str) -> None:
+    config = shrunk(family)
+    if family == "lfm2":
+        config.layer_types = ["conv", "full_attention"] * 4
+    group = next(g for g in layer_groups(ModelConfig(published(config))) if g.kind == "linear")
+    model = build(config, "cpu")
+    with torch.no_grad():
+        ids = torch.arange(24, dtype=torch.int64)[None] + 3
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    held = [x for x in cache.layers if getattr(x, "conv_states", {0: None})[0] is not None]
+    assert len(held) == group.num_layers
+    conv, state = held[0].conv_states[0], held[0].recurrent_states[0]
+    # the newest input of a convolution comes with the next token
+    inputs = conv.numel() // conv.shape[-1] * (conv.shape[-1] - 1) * 2
+    numbers = 0 if state is None else state.numel()
+    assert group.state_bytes in {inputs + numbers * width for width in (2, 4)}
+
+
+# --- kinds of models that are refused -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        *((name, "an encoder") for name in sorted(ENCODERS)),
+        *((name, "an encoder-decoder model") for name in sorted(ENCODER_DECODERS)),
+        *((name, "a model without attention") for name in sorted(RECURRENT)),
+        ("novel", "which is not"),
+    ],
+)
+def test_other_models_are_refused_by_name(family: str, what: str) -> None:
+    with pytest.raises(ValueError, match=f"model_type: wanted a decoder .*, got {family}, {what}"):
+        plan({"model_type": family, "hidden_size": 64})
+
+
+def test_an_encoder_decoder_is_known_by_its_config() -> None:
+    with pytest.raises(ValueError, match="got novel, an encoder-decoder model"):
+        plan({"model_type": "novel", "is_encoder_decoder": True})
+
+
+def test_every_causal_model_of_transformers_is_planned_or_refused() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    planned = 0
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if name.removesuffix("_text") in FAMILIES:
+            planned += 1
+            continue
+        with pytest.raises(ValueError, match="model_type: wanted a decoder"):
+            plan({"model_type": name, "hidden_size": 64})
+    assert planned > 80
+
+
+def test_ties_are_transformers_own() -> None:
+    wrong = []
+    for family in sorted(DECODERS.keys() - INSIDE):
+        name = DECODERS[family]
+        config = CONFIG_MAPPING[name](**NEEDED.get(family, {}))
+        if ModelConfig({"model_type": name}).tied != bool(config.tie_word_embeddings):
+            wrong.append(family)
+    assert wrong == []
+
+
+def test_modules_name_every_parameter_once() -> None:
+    config = CONFIG_MAPPING["qwen3_moe"]()
+    names = [module.name for module in modules(ModelConfig(config.to_dict()))]
+    assert len(names) == len(set(names))
