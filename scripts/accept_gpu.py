@@ -7,7 +7,8 @@
 
 Every step is a process with a log of its own, ``OUT/<step>.log``, which holds what it printed even
 if it ran out of time. Tests share the devices; benchmarks come after them, one a device. The Python
-that runs this needs TurboKV, the patched engines and pytest (with pytest-xdist, tests run faster).
+that runs this needs TurboKV and its entry point, vLLM (released or patched), and pytest (with
+pytest-xdist, tests run faster).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ class Step:
     workers: int = 0
     is_benchmark: bool = False
     devices: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 STEPS = {
@@ -55,6 +57,13 @@ STEPS = {
     "flashinfer": Step("tests/integration/flashinfer", 2),
     "engine": Step("tests/vllm/test_engine.py", 5),
     "speculation": Step("tests/vllm/test_speculation.py", 5),
+    # what does not choose a runner itself, on the older one
+    "engine-v1": Step(
+        "tests/vllm/test_engine.py -k not(V1)and(not(V2))",
+        3,
+        environment={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+    ),
+    "other-dtypes": Step("tests/vllm/test_other_dtypes.py", 1),
     "server": Step("tests/vllm/test_server_gpu.py", 2),
     "ranks": Step("tests/vllm/test_tensor_parallel.py", 1, devices=2),
     "quality": Step("scripts/eval_serving.py --json {out}/quality.json"),
@@ -104,7 +113,7 @@ class Run:
             self.process = subprocess.Popen(
                 [sys.executable, *words],
                 cwd=ROOT,
-                env={**os.environ, **fixed, **own},
+                env={**os.environ, **fixed, **own, **step.environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretend to be an H100, make a model's attention layers, and print what vLLM makes of their cache.
+"""Pretend to be an H100, make a model's attention layers, print what vLLM makes of their cache.
 
-Run in a process of its own, which answers lines of JSON, ``[folder, dtype, arguments]``. What runs
-is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders: of the
-patched 0.26.0 and of 0.28 to 0.33, whose Python files are enough.
+Run in a process of its own, which answers lines of JSON, ``[world, folder, dtype, arguments]``. What
+runs is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders: of
+the patched 0.26.0 and of 0.28 to 0.33, whose Python files are enough. Each line is answered in a
+fork of its own, so that our plugin is loaded anew; :data:`WORLDS` are what it may find.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from typing import Any
 
 MODULES = (
@@ -22,20 +26,34 @@ MODULES = (
     "vllm.vllm_flash_attn._vllm_fa2_C",
     "vllm.vllm_flash_attn._vllm_fa3_C",
 )
+# Looks up fused operators of the libraries when it is imported.
+PASSES = "vllm.compilation.passes.pass_manager"
 CHECKS = (
     "cutlass_scaled_mm_supports_fp8",
     "cutlass_scaled_mm_supports_block_fp8",
     "cutlass_group_gemm_supported",
     "cutlass_scaled_mm_supports_fp4",
 )
+PRELOADED = (
+    "vllm.engine.arg_utils",
+    "vllm.model_executor.layers.attention",
+    "vllm.model_executor.models.registry",
+    "vllm.v1.engine.core",
+    "vllm.v1.spec_decode.llm_base_proposer",
+    "vllm.v1.worker.gpu.attn_utils",
+    "turbokv.integrations.vllm.window.pool",
+)
+END = "---"
 
 
 def pretend() -> None:
     """Put a CUDA platform of compute capability 9.0 in the place of the one that was found."""
     import torch
 
-    for name in MODULES:
+    for name in (*MODULES, PASSES):
         sys.modules[name] = types.ModuleType(name)
+    # named at the import of a module that also says whether a drafter is made
+    sys.modules[PASSES].PostGradPassManager = object  # type: ignore[attr-defined]
     import vllm.platforms as platforms
     from vllm.platforms import cuda
     from vllm.platforms.interface import DeviceCapability
@@ -105,6 +123,7 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
     found: dict[str, Any] = {
         "v2": config.use_v2_model_runner,
         "scheduler": str(config.scheduler_config.scheduler_cls),
+        "hash": config.compute_hash(),
     }
     with set_current_vllm_config(config):
         _make_layers(config, kinds, "model")
@@ -306,13 +325,81 @@ def _linear_specs(config: Any, kinds: list[str], spec: Any) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+# --- worlds ---------------------------------------------------------------------------------------
+
+
+def _without_plugin() -> None:
+    os.environ["VLLM_PLUGINS"] = ""
+
+
+def _lacks_a_feature() -> None:
+    """Be a vLLM that no longer has one of the points that the plugin needs."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    del AttentionBackend.customize_spec
+
+
+def _fails_midway() -> None:
+    """Let the last step of registration fail when some of the dtypes are known."""
+    from vllm.config import cache
+
+    from turbokv.integrations.vllm.plugin import cache_dtypes
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("pretended failure")
+
+    if not hasattr(cache, "register_kv_cache_dtype"):
+        # after all is taught
+        add = cache_dtypes._teach
+        cache_dtypes._teach = lambda module: (add(module), fail())  # type: ignore[func-returns-value]
+        return
+    register = cache.register_kv_cache_dtype
+
+    def some(name: str) -> Any:
+        return fail if name == "tq2" else register(name)
+
+    cache.register_kv_cache_dtype = some
+
+
+WORLDS: dict[str, Callable[[], None]] = {
+    "plugin": lambda: None,
+    "no plugin": _without_plugin,
+    "no customize_spec": _lacks_a_feature,
+    "failure": _fails_midway,
+}
+
+
+def answer(world: str, model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what vLLM makes of it, or what it raises, and why the plugin says it is not there."""
+    found: dict[str, Any]
+    WORLDS[world]()
+    try:
+        found = {"found": describe(model, dtype, arguments)}
+    except Exception as error:  # whatever vLLM raises is the answer
+        if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
+            traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}"}
+    if "vllm.turbokv_hooks" not in sys.modules:
+        from turbokv.integrations.vllm import plugin
+
+        found["why_not"] = plugin.why_not()
+    return found
+
+
+def main() -> None:
     pretend()
+    # before the forks, since imports take most of the time
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     for line in sys.stdin:
-        try:
-            answer = {"found": describe(*json.loads(line))}
-        except Exception as error:  # whatever vLLM raises is the answer
-            if os.environ.get("VLLM_LOGGING_LEVEL") == "DEBUG":
-                traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        child = os.fork()
+        if not child:
+            print(json.dumps(answer(*json.loads(line))), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(END, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -74,7 +74,11 @@ def reference_of(
 def run(model: str, kv_cache_dtype: str = KV, **overrides: Any) -> Iterator[Any]:
     settings: dict[str, Any] = {"max_num_batched_tokens": BATCH, "max_model_len": 2 * LONG}
     if CPU:
-        settings |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 1 << 28}
+        settings |= {
+            "enforce_eager": True,
+            "block_size": e.CPU_BLOCK,
+            "kv_cache_memory_bytes": 1 << 28,
+        }
     if kv_cache_dtype != "auto":
         settings["turbokv"] = BARE
     with e.engine(model, kv_cache_dtype, **(settings | overrides)) as llm:
@@ -211,8 +215,9 @@ def test_preempted_requests_resume(folder: pathlib.Path) -> None:
     lengths = (LONG // 3,) * 6
     requests, wanted = reference_of(model, lengths, 3, 0, 4 * TOKENS)
     # room for little more than half of the requests once they have grown
-    blocks = 6 * (LONG // 3 + 4 * TOKENS) // 16 * 6 // 10 + LONG * 2 // 16
-    with run(model, num_gpu_blocks_override=min(blocks, 2 * LONG // 16 + 2)) as llm:
+    page = e.CPU_BLOCK if CPU else 16
+    blocks = 6 * (LONG // 3 + 4 * TOKENS) // page * 6 // 10 + LONG * 2 // page
+    with run(model, num_gpu_blocks_override=min(blocks, 2 * LONG // page + 2)) as llm:
         close(e.ask(llm, requests, 4 * TOKENS), wanted)
 
 

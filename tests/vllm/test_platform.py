@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the patched vLLM makes of our dtypes, on a pretended H100: no GPU, no weights."""
+"""What vLLM makes of our dtypes, on a pretended H100: no GPU, no weights.
+
+Asked are the vLLM that is installed here, the patched one or a released one, and the released ones
+whose Python files ``make stock-vllm`` has brought.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,54 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
-_process: list[subprocess.Popen[str]] = []
+from tests.vllm import entry_point
+from tests.vllm.fake_cuda import END
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
-if importlib.util.find_spec("vllm.turbokv_hooks") is None:
-    pytest.skip("this vLLM is not the patched one", allow_module_level=True)
-if importlib.util.find_spec("vllm._C_stable_libtorch") is None:
-    pytest.skip("this vLLM is not the one for CUDA", allow_module_level=True)
+ROOT = pathlib.Path(__file__).parents[2]
+STOCK = ROOT / "build" / "stock-vllm"
+# Names of the spec of full attention: with our patch, and in released versions.
+FULL = {"TQFullAttentionSpec", "FullAttentionSpec"}
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class VLLM:
+    """One vLLM: its Python, what comes first on its path, and the process that is asked."""
+
+    version: str
+    python: str
+    folder: pathlib.Path | None
+    is_patched: bool = False
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+
+def installed() -> list[VLLM]:
+    """Return the vLLM of this Python, if it is one for CUDA."""
+    if importlib.util.find_spec("vllm") is None:
+        return []
+    if importlib.util.find_spec("vllm._C_stable_libtorch") is None:
+        return []  # the one for CPUs
+    is_patched = importlib.util.find_spec("vllm.turbokv_hooks") is not None
+    return [VLLM("installed", sys.executable, None, is_patched)]
+
+
+def fetched() -> list[VLLM]:
+    """Return those whose Python files are there."""
+    python = STOCK / "venv" / "bin" / "python"
+    folders = sorted(folder for folder in STOCK.glob("[0-9]*") if (folder / "vllm").is_dir())
+    return [VLLM(folder.name, str(python), folder) for folder in folders]
+
+
+ALL = [*installed(), *fetched()]
+if not ALL:
+    pytest.skip(
+        "no vLLM for CUDA is installed or fetched (make stock-vllm)", allow_module_level=True
+    )
 
 
 @pytest.fixture(scope="session")
@@ -44,56 +82,72 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def pretended() -> Iterator[None]:
-    """Keep one process, since importing vLLM takes most of the time."""
+@pytest.fixture(scope="session", params=ALL, ids=lambda vllm: vllm.version)
+def vllm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLM]:
+    """Keep one process a version, since importing vLLM takes most of the time."""
+    made: VLLM = request.param
+    own = [str(ROOT), str(entry_point.write(tmp_path_factory.mktemp("entry")))]
+    if made.folder is None:
+        own += sys.path
+    else:
+        own.insert(0, str(made.folder))
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONPATH": os.pathsep.join(own),
     }
-    environment.pop("TRITON_INTERPRET", None)
-    _process.append(
+    for name in ("TRITON_INTERPRET", "VLLM_PLUGINS"):
+        environment.pop(name, None)
+    made.processes.append(
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/vllm/fake_cuda.py")],
+            [made.python, str(ROOT / "tests/vllm/fake_cuda.py")],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
     )
-    yield
-    _process.pop().communicate()
+    yield made
+    made.processes.pop().communicate()
 
 
-def _ask(folder: pathlib.Path, dtype: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    process = _process[0]
+def ask(
+    vllm: VLLM, folder: pathlib.Path, dtype: str, arguments: dict[str, Any], world: str = "plugin"
+) -> dict[str, Any]:
+    (process,) = vllm.processes
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps([str(folder), dtype, arguments]) + "\n")
+    process.stdin.write(json.dumps([world, str(folder), dtype, arguments]) + "\n")
     process.stdin.flush()
+    answer: dict[str, Any] | None = None
     for line in process.stdout:  # libraries may print, too
+        if line.strip() == END:
+            break
         if line.startswith(('{"found"', '{"error"')):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-    raise RuntimeError(f"the process ended with {process.wait()}")
+            answer = json.loads(line)
+    if answer is None:
+        raise RuntimeError(f"no answer; the process: {process.poll()}")
+    return answer
 
 
-def describe(folder: pathlib.Path, dtype: str, **arguments: Any) -> Any:
-    answer = _ask(folder, dtype, arguments)
+def describe(vllm: VLLM, folder: pathlib.Path, dtype: str, **arguments: Any) -> Any:
+    answer = ask(vllm, folder, dtype, arguments)
     assert "found" in answer, answer
     return answer["found"]
 
 
-def refused(folder: pathlib.Path, dtype: str, **arguments: Any) -> str:
-    answer = _ask(folder, dtype, arguments)
+def refused(vllm: VLLM, folder: pathlib.Path, dtype: str, **arguments: Any) -> str:
+    answer = ask(vllm, folder, dtype, arguments)
     assert "error" in answer, answer
     return str(answer["error"])
 
 
-def test_the_dtype_chooses_the_backend(models: pathlib.Path) -> None:
-    found = describe(models / "dense", "tq4")
+def test_the_dtype_chooses_the_backend(vllm: VLLM, models: pathlib.Path) -> None:
+    found = describe(vllm, models / "dense", "tq4")
     assert set(found["backends"]) == {"TURBOKV"}
     assert found["pages"] == [2 * 64 * 132]
     assert found["shapes"] == [[[2, 64, 132], "torch.uint8"]]
@@ -102,89 +156,173 @@ def test_the_dtype_chooses_the_backend(models: pathlib.Path) -> None:
     assert found["steps"] == [[2, 2, 1, [[32]]]]
 
 
-def test_a_page_has_the_size_that_the_user_names(models: pathlib.Path) -> None:
-    assert describe(models / "dense", "tq4")["block_size"] == 64
-    assert describe(models / "dense", "tq4", block_size=16)["pages"] == [2 * 16 * 132]
+def test_a_page_has_the_size_that_the_user_names(vllm: VLLM, models: pathlib.Path) -> None:
+    assert describe(vllm, models / "dense", "tq4")["block_size"] == 64
+    assert describe(vllm, models / "dense", "tq4", block_size=16)["pages"] == [2 * 16 * 132]
 
 
-def test_without_compilation(models: pathlib.Path) -> None:
-    assert set(describe(models / "dense", "tq4", enforce_eager=True)["backends"]) == {"TURBOKV"}
+def test_without_compilation(vllm: VLLM, models: pathlib.Path) -> None:
+    assert set(describe(vllm, models / "dense", "tq4", enforce_eager=True)["backends"]) == {
+        "TURBOKV"
+    }
     without = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    found = describe(models / "dense", "tq4", compilation_config=without)
+    found = describe(vllm, models / "dense", "tq4", compilation_config=without)
     assert set(found["backends"]) == {"TURBOKV"}
 
 
-def test_widths_of_keys_and_values_differ(models: pathlib.Path) -> None:
-    assert describe(models / "dense", "tq_k5v3")["pages"] == [2 * 64 * 132]
-    assert describe(models / "dense", "tq_k4v2")["pages"] == [2 * 64 * 100]
-    assert describe(models / "dense", "tq_k8v4")["pages"] == [2 * 64 * 196]
+def test_widths_of_keys_and_values_differ(vllm: VLLM, models: pathlib.Path) -> None:
+    assert describe(vllm, models / "dense", "tq_k5v3")["pages"] == [2 * 64 * 132]
+    assert describe(vllm, models / "dense", "tq_k4v2")["pages"] == [2 * 64 * 100]
+    assert describe(vllm, models / "dense", "tq_k8v4")["pages"] == [2 * 64 * 196]
 
 
-def test_other_dtypes_are_as_before(models: pathlib.Path) -> None:
-    found = describe(models / "dense", "auto")
-    assert set(found["backends"]) == {"FLASH_ATTN"}
-    assert found["pages"] == [2 * 16 * 512]
-    assert found["steps"] == []
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("dense", "auto"), ("mixed", "auto"), ("hybrid", "auto"), ("dense", "fp8")]
+)
+def test_other_dtypes_are_as_without_us(
+    kind: str, dtype: str, vllm: VLLM, models: pathlib.Path
+) -> None:
+    found = describe(vllm, models / kind, dtype)
+    assert "TURBOKV" not in found["backends"]
+    if vllm.is_patched:
+        return
+    without = ask(vllm, models / kind, dtype, {}, "no plugin")
+    assert "plugin was not loaded" in without["why_not"]
+    assert found == without["found"]
 
 
-def test_a_head_that_is_no_power_of_two_is_padded(models: pathlib.Path) -> None:
-    assert describe(models / "head96", "tq4")["pages"] == [2 * 64 * 132]
+def test_a_head_that_is_no_power_of_two_is_padded(vllm: VLLM, models: pathlib.Path) -> None:
+    assert describe(vllm, models / "head96", "tq4")["pages"] == [2 * 64 * 132]
 
 
-def test_sliding_windows_and_full_attention_share_pages(models: pathlib.Path) -> None:
-    found = describe(models / "mixed", "tq4")
+def test_sliding_windows_and_full_attention_share_pages(vllm: VLLM, models: pathlib.Path) -> None:
+    found = describe(vllm, models / "mixed", "tq4")
     assert set(found["backends"]) == {"TURBOKV"}
-    assert {name for name, _ in found["groups"]} == {"SlidingWindowSpec", "TQFullAttentionSpec"}
-    assert found["pages"] == [2 * 64 * 132]
-
-
-def test_without_the_hybrid_manager_windows_are_full_specs(models: pathlib.Path) -> None:
-    found = describe(models / "mixed", "tq4", disable_hybrid_kv_cache_manager=True)
     names = {name for name, _ in found["groups"]}
-    assert names <= {"TQFullAttentionSpec", "UniformTypeKVCacheSpecs"}
-    assert found["pages"] == [2 * 64 * 132]
+    assert names - FULL == {"SlidingWindowSpec"}
+    assert len(names & FULL) == 1
+    assert found["group_pages"] == [2 * 64 * 132]
+    assert found["slots"] == [132]
+
+
+def test_without_the_hybrid_manager_windows_are_full_specs(
+    vllm: VLLM, models: pathlib.Path
+) -> None:
+    found = describe(vllm, models / "mixed", "tq4", disable_hybrid_kv_cache_manager=True)
+    names = {name for name, _ in found["groups"]}
+    assert names <= {*FULL, "UniformTypeKVCacheSpecs"}
+    assert found["shapes"] == [[[2, 64, 132], "torch.uint8"]]
 
 
 @pytest.mark.parametrize("skip", [["sliding_window"], [1], [0, 4]])
-def test_skipped_layers_get_another_backend(skip: list[Any], models: pathlib.Path) -> None:
+def test_skipped_layers_get_another_backend(
+    skip: list[Any], vllm: VLLM, models: pathlib.Path
+) -> None:
     options = {"turbokv": {"skip_layers": skip}}
-    found = describe(models / "mixed", "tq4", additional_config=options)
+    found = describe(vllm, models / "mixed", "tq4", additional_config=options)
     kinds = (["sliding"] * 2 + ["full"]) * 2
     for i, (kind, backend) in enumerate(zip(kinds, found["backends"], strict=True)):
         is_skipped = i in skip or (skip == ["sliding_window"] and kind == "sliding")
         assert backend == ("FLASH_ATTN" if is_skipped else "TURBOKV")
-    assert len(found["pages"]) == 1
+    # as if all layers were ours, whichever comes first
+    assert found["pages"] == [2 * 64 * 132]
+    assert found["slots"] == [132, 512]
 
 
-def test_a_full_layer_among_sliding_ones_is_not_skipped(models: pathlib.Path) -> None:
+def test_a_full_layer_among_sliding_ones_is_not_skipped(vllm: VLLM, models: pathlib.Path) -> None:
     options = {"turbokv": {"skip_layers": [2]}}
-    message = refused(models / "mixed", "tq4", additional_config=options)
+    message = refused(vllm, models / "mixed", "tq4", additional_config=options)
     assert "skip_layers: wanted sliding-window layers only" in message
 
 
 @pytest.mark.parametrize("dtype", ["tq4", "tq2"])
-def test_hybrid_models_get_pages_of_one_size(dtype: str, models: pathlib.Path) -> None:
-    found = describe(models / "hybrid", dtype)
+def test_hybrid_models_get_pages_of_one_size(dtype: str, vllm: VLLM, models: pathlib.Path) -> None:
+    found = describe(vllm, models / "hybrid", dtype)
     assert found["block_size"] % 16 == 0
     assert len(found["pages"]) == 1
-    assert ["TQFullAttentionSpec", 1] in found["groups"]
+    assert sum(count for name, count in found["groups"] if name in FULL) == 1
 
 
-def test_a_backend_by_name_is_checked(models: pathlib.Path) -> None:
-    assert "TURBOKV" in describe(models / "dense", "tq4", attention_backend="TURBOKV")["backends"]
-    message = refused(models / "dense", "tq4", attention_backend="FLASH_ATTN")
+def test_a_backend_by_name_is_checked(vllm: VLLM, models: pathlib.Path) -> None:
+    assert (
+        "TURBOKV"
+        in describe(vllm, models / "dense", "tq4", attention_backend="TURBOKV")["backends"]
+    )
+    message = refused(vllm, models / "dense", "tq4", attention_backend="FLASH_ATTN")
     assert "attention_backend: wanted TURBOKV or none, got FLASH_ATTN" in message
 
 
-def test_unknown_options_stop_the_start(models: pathlib.Path) -> None:
-    message = refused(models / "dense", "tq4", additional_config={"turbokv": {"windows": 3}})
+def test_unknown_options_stop_the_start(vllm: VLLM, models: pathlib.Path) -> None:
+    message = refused(vllm, models / "dense", "tq4", additional_config={"turbokv": {"windows": 3}})
     assert "additional_config['turbokv']" in message
     assert "got ['windows']" in message
 
 
-def test_flashinfer_is_asked_for_before_it_is_needed(models: pathlib.Path) -> None:
+def test_flashinfer_is_asked_for_before_it_is_needed(vllm: VLLM, models: pathlib.Path) -> None:
     if importlib.util.find_spec("flashinfer") is not None:
         pytest.skip("FlashInfer is installed")
     options = {"turbokv": {"path": "flashinfer"}}
-    message = refused(models / "dense", "tq4", additional_config=options)
+    message = refused(vllm, models / "dense", "tq4", additional_config=options)
     assert "needs the patched FlashInfer" in message
+
+
+# --- released versions ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(vllm: VLLM) -> VLLM:
+    if vllm.is_patched:
+        pytest.skip("of released versions")
+    return vllm
+
+
+@pytest.mark.parametrize(
+    ("dtype", "draft", "slots"),
+    [
+        ("tq4", None, [132]),
+        ("tq4", "tq2", [68, 132]),
+        ("tq_k5v3", "tq_k8v4", [132, 196]),
+        ("tq4", "bfloat16", [132, 512]),
+        ("auto", "tq4", [132, 512]),
+    ],
+)
+def test_a_drafter_may_have_another_cache_dtype(
+    dtype: str, draft: str | None, slots: list[int], released: VLLM, models: pathlib.Path
+) -> None:
+    model = str(models / "dense")
+    config = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
+    if draft is not None:
+        config["kv_cache_dtype"] = draft
+    found = describe(released, models / "dense", dtype, speculative_config=config)
+    dtypes = [dtype] * 4 + [draft or dtype] * 4
+    assert found["dtypes"] == dtypes
+    assert [name == "TURBOKV" for name in found["backends"]] == [
+        name.startswith("tq") for name in dtypes
+    ]
+    assert found["slots"] == slots
+    # whatever shares an allocation: each layer's own page has its own shape
+    ours = [shape[-1] for shape, kind in found["shapes"] if kind == "torch.uint8"]
+    assert sorted(ours) == [slot for slot in slots if slot != 512]
+    assert found["is_dense_in_pages"]
+
+
+def test_the_backend_is_not_for_other_dtypes(released: VLLM, models: pathlib.Path) -> None:
+    message = refused(released, models / "dense", "auto", attention_backend="TURBOKV")
+    assert "kv_cache_dtype not supported" in message
+
+
+def test_a_vllm_that_lacks_a_feature_is_refused(released: VLLM, models: pathlib.Path) -> None:
+    world = "no customize_spec"
+    answer = ask(released, models / "dense", "tq4", {}, world)
+    assert "tq4" in answer["error"]  # no such dtype, says vLLM
+    assert "wanted vLLM 0.28 to 0.33" in answer["why_not"]
+    assert "lacks vllm.v1.attention.backend.AttentionBackend.customize_spec" in answer["why_not"]
+
+
+def test_a_registration_that_fails_midway_stops_our_dtypes_only(
+    released: VLLM, models: pathlib.Path
+) -> None:
+    answer = ask(released, models / "dense", "tq4", {}, "failure")
+    assert "TurboKV is not registered with this vLLM: RuntimeError: pretended" in answer["error"]
+    other = ask(released, models / "dense", "auto", {}, "failure")
+    assert set(other["found"]["backends"]) == {"FLASH_ATTN"}
