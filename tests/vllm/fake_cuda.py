@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pretend to be an H100, make a model's attention layers, print what vLLM makes of their cache.
 
-Run in a process of its own, which answers lines of JSON, ``[world, folder, dtype, arguments]``. What
-runs is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders: of
-the patched 0.26.0 and of 0.28 to 0.33, whose Python files are enough. Each line is answered in a
+Run in a process of its own, which answers lines of JSON, ``[world, folder, dtype, arguments]``.
+What runs is vLLM's own configuration, selection, specs, grouping, allocation and metadata builders:
+of the patched 0.26.0 and of 0.28 to 0.33, whose Python files are enough. Each line is answered in a
 fork of its own, so that our plugin is loaded anew; :data:`WORLDS` are what it may find.
 """
 

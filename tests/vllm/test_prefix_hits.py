@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,3 +91,31 @@ def test_the_names_are_those_of_classes() -> None:
     for name, base in ((SYNC, Scheduler), (ASYNC, AsyncScheduler)):
         module, _, attribute = name.rpartition(".")
         assert issubclass(getattr(importlib.import_module(module), attribute), base)
+
+
+def test_every_way_to_look_for_a_hit_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from turbokv.integrations.vllm.window.scheduler import WindowScheduler
+
+    asked: list[tuple[str, int]] = []
+
+    class Coordinator:
+        def find_longest_cache_hit(self, block_hashes: Any, max_cache_hit_length: int) -> None:
+            asked.append(("all", max_cache_hit_length))
+
+        def find_longest_cache_hit_per_group(
+            self, block_hashes: Any, max_cache_hit_length: int
+        ) -> None:
+            asked.append(("each", max_cache_hit_length))
+
+    def make(self: Any) -> None:
+        self.vllm_config = config(additional_config=turbokv(window=128))
+        self.kv_cache_manager = SimpleNamespace(coordinator=Coordinator())
+
+    monkeypatch.setattr(Scheduler, "__init__", make)
+    coordinator = WindowScheduler().kv_cache_manager.coordinator
+    coordinator.find_longest_cache_hit([], 511)
+    coordinator.find_longest_cache_hit_per_group([], 511)
+    assert asked == [("all", 384), ("each", 384)]

@@ -13,6 +13,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from turbokv.integrations.vllm.window.prefix_hits import recomputed_tokens, shorten_hits
 
+# Of vLLM's coordinator; the second one, of vLLM 0.28 and newer, is asked for hybrid models whose
+# pages a KV connector brings, and not every coordinator has it.
+_FINDERS = ("find_longest_cache_hit", "find_longest_cache_hit_per_group")
+
 
 class WindowScheduler(Scheduler):  # type: ignore[misc]
     """The scheduler of vLLM with shorter hits."""
@@ -22,9 +26,10 @@ class WindowScheduler(Scheduler):  # type: ignore[misc]
         tokens = recomputed_tokens(self.vllm_config)
         if tokens:
             coordinator = self.kv_cache_manager.coordinator
-            coordinator.find_longest_cache_hit = shorten_hits(
-                coordinator.find_longest_cache_hit, tokens
-            )
+            for name in _FINDERS:
+                find = getattr(coordinator, name, None)
+                if find is not None:
+                    setattr(coordinator, name, shorten_hits(find, tokens))
 
 
 class AsyncWindowScheduler(WindowScheduler, AsyncScheduler):  # type: ignore[misc]
