@@ -3,27 +3,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vLLM is not installed", allow_module_level=True)
-if importlib.util.find_spec("vllm.turbokv_hooks") is not None:
-    pytest.skip("vLLM 0.26 sizes pages itself", allow_module_level=True)
-if importlib.util.find_spec("vllm.platforms.cuda") is None:
-    pytest.skip("this vLLM is not the one for CUDA", allow_module_level=True)
-if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
-    pytest.skip("this vLLM is told to be the one for CPUs", allow_module_level=True)
+from tests.vllm import asked
 
-ROOT = pathlib.Path(__file__).parents[2]
+# the newest: 0.26, which is patched, sizes pages itself
+ALL = [vllm for vllm in [*asked.installed(), *asked.fetched()[-1:]] if not vllm.is_patched]
+if not ALL:
+    pytest.skip(asked.MISSING, allow_module_level=True)
+
 pytestmark = pytest.mark.slow
 GIB = 1 << 30
 _SIX = [*["sliding_attention"] * 5, "full_attention"]
@@ -111,7 +104,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-_process: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(scope="module")
@@ -126,24 +118,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         path = made / name / "config.json"
         written = json.loads(path.read_text()) | {"architectures": [name], "dtype": "bfloat16"}
         path.write_text(json.dumps(written))
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    _process.append(
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/vllm/fake_cuda.py")],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    )
-    yield made
-    _process.pop().communicate()
+    with asked.running(ALL[-1]):
+        yield made
 
 
 def describe(path: pathlib.Path, dtype: str, **arguments: Any) -> Any:
@@ -155,17 +131,7 @@ def describe(path: pathlib.Path, dtype: str, **arguments: Any) -> Any:
         "enable_prefix_caching": True,
         **arguments,
     }
-    (process,) = _process
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps([str(path), dtype, settings]) + "\n")
-    process.stdin.flush()
-    for line in process.stdout:
-        if line.startswith(('{"found"', '{"error"')):
-            answer = json.loads(line)
-            assert "found" in answer, answer
-            return answer["found"]
-    raise RuntimeError(f"the process ended with {process.wait()}")
+    return asked.describe(ALL[-1], path, dtype, **settings)
 
 
 def test_gemma_4_keeps_what_compression_gains(folder: pathlib.Path) -> None:

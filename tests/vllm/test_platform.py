@@ -9,59 +9,22 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from tests.vllm import entry_point
-from tests.vllm.fake_cuda import END
+from tests.vllm import asked
+from tests.vllm.asked import VLLM, ask, describe, refused
 
-ROOT = pathlib.Path(__file__).parents[2]
-STOCK = ROOT / "build" / "stock-vllm"
 # Names of the spec of full attention: with our patch, and in released versions.
 FULL = {"TQFullAttentionSpec", "FullAttentionSpec"}
 pytestmark = pytest.mark.slow
 
-
-@dataclass
-class VLLM:
-    """One vLLM: its Python, what comes first on its path, and the process that is asked."""
-
-    version: str
-    python: str
-    folder: pathlib.Path | None
-    is_patched: bool = False
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
-
-
-def installed() -> list[VLLM]:
-    """Return the vLLM of this Python, if it is one for CUDA."""
-    if importlib.util.find_spec("vllm") is None:
-        return []
-    if importlib.util.find_spec("vllm._C_stable_libtorch") is None:
-        return []  # the one for CPUs
-    is_patched = importlib.util.find_spec("vllm.turbokv_hooks") is not None
-    return [VLLM("installed", sys.executable, None, is_patched)]
-
-
-def fetched() -> list[VLLM]:
-    """Return those whose Python files are there."""
-    python = STOCK / "venv" / "bin" / "python"
-    folders = sorted(folder for folder in STOCK.glob("[0-9]*") if (folder / "vllm").is_dir())
-    return [VLLM(folder.name, str(python), folder) for folder in folders]
-
-
-ALL = [*installed(), *fetched()]
+ALL = [*asked.installed(), *asked.fetched()]
 if not ALL:
-    pytest.skip(
-        "no vLLM for CUDA is installed or fetched (make stock-vllm)", allow_module_level=True
-    )
+    pytest.skip(asked.MISSING, allow_module_level=True)
 
 
 @pytest.fixture(scope="session")
@@ -83,67 +46,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session", params=ALL, ids=lambda vllm: vllm.version)
-def vllm(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[VLLM]:
-    """Keep one process a version, since importing vLLM takes most of the time."""
-    made: VLLM = request.param
-    own = [str(ROOT), str(entry_point.write(tmp_path_factory.mktemp("entry")))]
-    if made.folder is None:
-        own += sys.path
-    else:
-        own.insert(0, str(made.folder))
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "PYTHONPATH": os.pathsep.join(own),
-    }
-    for name in ("TRITON_INTERPRET", "VLLM_PLUGINS"):
-        environment.pop(name, None)
-    made.processes.append(
-        subprocess.Popen(
-            [made.python, str(ROOT / "tests/vllm/fake_cuda.py")],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    )
-    yield made
-    made.processes.pop().communicate()
-
-
-def ask(
-    vllm: VLLM, folder: pathlib.Path, dtype: str, arguments: dict[str, Any], world: str = "plugin"
-) -> dict[str, Any]:
-    (process,) = vllm.processes
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps([world, str(folder), dtype, arguments]) + "\n")
-    process.stdin.flush()
-    answer: dict[str, Any] | None = None
-    for line in process.stdout:  # libraries may print, too
-        if line.strip() == END:
-            break
-        if line.startswith(('{"found"', '{"error"')):
-            answer = json.loads(line)
-    if answer is None:
-        raise RuntimeError(f"no answer; the process: {process.poll()}")
-    return answer
-
-
-def describe(vllm: VLLM, folder: pathlib.Path, dtype: str, **arguments: Any) -> Any:
-    answer = ask(vllm, folder, dtype, arguments)
-    assert "found" in answer, answer
-    return answer["found"]
-
-
-def refused(vllm: VLLM, folder: pathlib.Path, dtype: str, **arguments: Any) -> str:
-    answer = ask(vllm, folder, dtype, arguments)
-    assert "error" in answer, answer
-    return str(answer["error"])
+def vllm(request: pytest.FixtureRequest) -> Iterator[VLLM]:
+    with asked.running(request.param) as made:
+        yield made
 
 
 def test_the_dtype_chooses_the_backend(vllm: VLLM, models: pathlib.Path) -> None:
@@ -239,7 +144,7 @@ def test_a_full_layer_among_sliding_ones_is_not_skipped(vllm: VLLM, models: path
 def test_hybrid_models_get_pages_of_one_size(dtype: str, vllm: VLLM, models: pathlib.Path) -> None:
     found = describe(vllm, models / "hybrid", dtype)
     assert found["block_size"] % 16 == 0
-    assert len(found["pages"]) == 1
+    assert len(found["group_pages"]) == 1
     assert sum(count for name, count in found["groups"] if name in FULL) == 1
 
 
