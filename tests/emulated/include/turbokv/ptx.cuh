@@ -209,6 +209,13 @@ inline int LoadIf(bool valid, const int32_t* from, int otherwise) {
   return valid ? *from : otherwise;
 }
 
+inline float LoadCachedIf(bool valid, const float* from, float otherwise) {
+  return valid ? *from : otherwise;
+}
+inline float4 LoadCachedIf(bool valid, const float4* from) {
+  return valid ? *from : make_float4(0, 0, 0, 0);
+}
+
 // --- asynchronous copies, in groups of each thread ---
 
 struct async_t {

@@ -58,6 +58,24 @@ __device__ __forceinline__ void MmaS8From(int (&c)[4], const int (&from)[4], uin
         "r"(from[2]), "r"(from[3]));
 }
 
+/*! \brief c[16x8] += a[16x32] * b[32x8], of signed a and unsigned b. */
+__device__ __forceinline__ void MmaS8U8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                        uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/*! \brief The same of unsigned bytes. */
+__device__ __forceinline__ void MmaU8(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                      uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 /*! \brief c[16x8] += a[16x16] * b[16x8], fp16 with fp32 accumulators. */
 __device__ __forceinline__ void MmaF16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                        uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -218,6 +236,39 @@ __device__ __forceinline__ int LoadIf(bool valid, const int32_t* from, int other
       "}"
       : "+r"(x)
       : "l"(from), "r"(static_cast<int>(valid)));
+#endif
+  return x;
+}
+
+/*! \brief What is at `from` if `valid`, else `otherwise` or zeros; from L2, without a branch. */
+__device__ __forceinline__ float LoadCachedIf(bool valid, const float* from, float otherwise) {
+  float x = otherwise;
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.s32 valid, %2, 0;\n"
+      "@valid ld.global.cg.f32 %0, [%1];\n"
+      "}"
+      : "+f"(x)
+      : "l"(from), "r"(static_cast<int>(valid))
+      : "memory");
+#endif
+  return x;
+}
+
+__device__ __forceinline__ float4 LoadCachedIf(bool valid, const float4* from) {
+  float4 x = make_float4(0, 0, 0, 0);
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{\n"
+      ".reg .pred valid;\n"
+      "setp.ne.s32 valid, %5, 0;\n"
+      "@valid ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+      : "l"(from), "r"(static_cast<int>(valid))
+      : "memory");
 #endif
   return x;
 }

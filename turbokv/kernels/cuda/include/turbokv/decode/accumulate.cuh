@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "turbokv/codebook.cuh"
+#include "turbokv/decode/lane.cuh"
 #include "turbokv/decode/softmax.cuh"
 #include "turbokv/decode/tables.cuh"
 #include "turbokv/decode/traits.cuh"
@@ -14,17 +14,6 @@
 
 namespace turbokv {
 namespace decode_detail {
-
-/*! \brief Tables of V's levels for fp16 products. */
-template <class C>
-struct half_values_t {
-  table_t table, negative;
-
-  explicit __device__ __forceinline__ half_values_t(const codebook_t& book) {
-    table = MakeTable<C::kVBits, bytes_t::kOffset128>(book);
-    negative = C::kVBits == 5 ? MakeNegativeTable5(book) : table_t{};
-  }
-};
 
 /*! \brief Products of the constant in V's operands with a step's probabilities. */
 template <class C>
@@ -66,8 +55,8 @@ template <class C>
 __device__ __forceinline__ void AccumulateTiles(const uint8_t* stage,
                                                 const scores_t<C, C::kTiles>& scores,
                                                 const float (&unit)[C::kLaneColumns], int zero,
-                                                const half_values_t<C>& values, int lane,
-                                                half_softmax_t<C>& state) {
+                                                const table_t& table, const table_t& negative,
+                                                const lane_t<C>& at, half_softmax_t<C>& state) {
   using V = typename C::v_t;
   half_probabilities_t<C, C::kTiles> p;
   state.template Probabilities<false>(scores, unit, zero, p);
@@ -78,11 +67,11 @@ __device__ __forceinline__ void AccumulateTiles(const uint8_t* stage,
 #pragma unroll
     for (int section = 0; section < V::kSections; ++section) {
       uint32_t w[V::kWords], h[2];
-      V::Load(v, section, lane, w, h);
+      V::Load(v, section, at.lane, w, h);
 #pragma unroll
       for (int k = 0; k < V::kBlocks; ++k) {
         uint32_t a[4];
-        V::Expand(w, h, k, values.table, values.negative, a);
+        V::Expand(w, h, k, table, negative, a);
 #pragma unroll
         for (int n = 0; n < C::kTermBlocks; ++n) {
           ptx::MmaF16(state.o[n][section * V::kBlocks + k], a[0], a[1], a[2], a[3], p.b[i][n][0],

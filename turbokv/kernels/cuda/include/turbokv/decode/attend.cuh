@@ -6,9 +6,12 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "turbokv/decode/accumulate.cuh"
 #include "turbokv/decode/copy_tile.cuh"
+#include "turbokv/decode/integer_accumulate.cuh"
+#include "turbokv/decode/integer_softmax.cuh"
 #include "turbokv/decode/key_offset.cuh"
 #include "turbokv/decode/lane.cuh"
 #include "turbokv/decode/mask.cuh"
@@ -26,6 +29,11 @@
 namespace turbokv {
 namespace decode_detail {
 
+/*! \brief How V's levels and probabilities are multiplied, see Products. */
+template <class C>
+using softmax_t = std::conditional_t<C::kProducts == products_t::kInteger, integer_softmax_t<C>,
+                                     half_softmax_t<C>>;
+
 /*! \brief What a CTA works with, whatever the item. */
 template <class C>
 struct cta_t {
@@ -36,29 +44,20 @@ struct cta_t {
   int zero;                       // 0, unknown to the compiler
   float *merge, *rows, *offsets;  // see shared_plan_t
   uint8_t* query;
-  table_t k_table;
-  half_values_t<C> values;
-  float k_unit, v_unit;       // of levels as integers
-  uint32_t k_signs, v_signs;  // see LaneSigns
+  const launch_params_t& launch;  // tables and units
 
-  __device__ __forceinline__ cta_t(const decode_params_t& p, uint8_t* base,
-                                   const shared_plan_t<C>& plan, int zero, const lane_t<C>& at)
+  __device__ __forceinline__ cta_t(const decode_params_t& p, const launch_params_t& launch,
+                                   uint8_t* base, const shared_plan_t<C>& plan, const lane_t<C>& at)
       : p(p),
         shared(*reinterpret_cast<shared_t<C>*>(base)),
         at(at),
         group(p.num_qo_heads / p.num_kv_heads),
-        zero(zero),
+        zero(min(launch.num_stages, 0)),
         merge(reinterpret_cast<float*>(base + plan.merge)),
         rows(reinterpret_cast<float*>(base + plan.rows)),
         offsets(reinterpret_cast<float*>(base + plan.offsets)),
         query(base + plan.query),
-        k_table(MakeTable<C::kKBits, C::kSumTables ? bytes_t::kSignedSum : bytes_t::kSigned>(
-            p.k_codebook)),
-        values(p.v_codebook),
-        k_unit(C::k_t::Unit(p.k_codebook)),
-        v_unit(C::v_t::Unit(p.v_codebook)),
-        k_signs(LaneSigns<C::kLane>(p.k_signs, at.lane)),
-        v_signs(LaneSigns<C::kLane>(p.v_signs, at.lane)) {}
+        launch(launch) {}
 };
 
 /*! \brief A warp's attention to an item. */
@@ -69,9 +68,10 @@ struct attention_t {
   tile_stream_t<C>& stream;
   const query_fragments_t<C>& query;
   const mask_t<C> mask;
-  half_softmax_t<C> state;
-  int num_pending = 0;    // 16-bit copies that wait to be attended to
-  int first_segment = 0;  // of the offsets in shared memory
+  softmax_t<C> state;
+  int num_pending = 0;         // 16-bit copies that wait to be attended to
+  int first_segment = 0;       // of the offsets in shared memory
+  int clear_begin, clear_end;  // steps of the line that no row needs masked
 
   __device__ __forceinline__ attention_t(const cta_t<C>& cta, const item_t& item,
                                          const query_fragments_t<C>& query,
@@ -82,6 +82,11 @@ struct attention_t {
         query(query),
         mask(cta.p, cta.shared.columns, cta.shared.limits, cta.at) {
     state.Reset();
+    // step s begins at token (newest_step - (s - begin)) * kStepTokens
+    const item_limits_t& limits = cta.shared.limits;
+    const int from_newest = item.newest_step + item.begin;
+    clear_begin = from_newest + 1 - limits.all_end / C::kStepTokens;
+    clear_end = from_newest + 1 - (max(limits.all_begin, 0) + C::kStepTokens - 1) / C::kStepTokens;
   }
 
   /*! \brief Attend to all steps and copies. Steps go from the newest to the oldest: tiles with
@@ -96,7 +101,9 @@ struct attention_t {
         pass = cta.p.k_offset_rotated != nullptr ? BeginPass(pass) : item.end;
         for (;;) {
 #pragma unroll 1
-          while (stream.step < pass && num_pending <= kPending - C::kTiles) Step();
+          while (stream.step < pass && num_pending <= kPending - C::kTiles) {
+            Step();
+          }
           if (stream.step >= pass) break;
           __syncwarp();
 #pragma unroll 1
@@ -107,12 +114,13 @@ struct attention_t {
       }
       if (cta.p.kv.tile_slots != nullptr) ShareCopies();
     }
+    state.Close(query.unit);
   }
 
  private:
   __device__ __forceinline__ void Copy(const pending_copy_t& copy) {
-    AttendCopy<C>(cta.p, copy, item.head, cta.rows, cta.v_unit, cta.zero, query, mask, cta.at,
-                  state);
+    AttendCopy<C>(cta.p, copy, item.head, cta.rows, cta.launch.v_unit, cta.zero, query, mask,
+                  cta.at, state);
   }
 
   /*! \brief Score the offsets of K of the steps from `begin` on, as many as fit; returns where
@@ -134,25 +142,39 @@ struct attention_t {
     return end;
   }
 
-  /*! \brief Attend to the warp's next step. */
+  /*! \brief Go on to the warp's next step, and attend to it. */
   __device__ __forceinline__ void Step() {
     stream.Refill();
     const uint8_t* stage = stream.ring.Wait();
-    const int token0 = (item.newest_step - (stream.step - item.begin)) * C::kStepTokens;
+    const int step = stream.step;
+    const int token0 = (item.newest_step - (step - item.begin)) * C::kStepTokens;
     // Tiles with copies have not been read: skip them here, attend to them later.
     const uint32_t copies = stream.Take();
-    if (copies != 0) Postpone(copies, token0);
-    if (copies != C::kAllTiles) {
-      scores_t<C, C::kTiles> scores;
-      float offset[C::kLaneColumns];
-      uint32_t marks = 0;
-      const bool has_offset = LoadOffset(token0, offset);
-      ScoreTiles<C>(stage, query, cta.k_table, offset, cta.at, scores, marks);
-      Mask(stage, token0, copies, has_offset, marks, offset, scores);
-      AccumulateTiles<C>(stage, scores, query.unit, cta.zero, cta.values, cta.at.lane, state);
+    if constexpr (C::kAllFeatures) {
+      if (copies != 0) Postpone(copies, token0);
+      if (copies != C::kAllTiles) Attend<true>(stage, token0, copies);
+    } else if (step >= clear_begin && step < clear_end) {
+      // Most steps need no mask and have code of their own: a branch further down would split the
+      // block in which the compiler schedules (161 us became 151).
+      Attend<false>(stage, token0, copies);
+    } else {
+      Attend<true>(stage, token0, copies);
     }
     __syncwarp();  // the stage may be filled again
     stream.ring.Advance();
+  }
+
+  /*! \brief Attend to a step; without MAYBE_MASKED every row sees all of it. */
+  template <bool MAYBE_MASKED>
+  __device__ __forceinline__ void Attend(const uint8_t* stage, int token0, uint32_t copies) {
+    scores_t<C, C::kTiles> scores;
+    float offset[C::kLaneColumns];
+    uint32_t marks = 0;
+    const bool has_offset = LoadOffset(token0, offset);
+    ScoreTiles<C>(stage, query, cta.launch.k_table, offset, cta.at, scores, marks);
+    if constexpr (MAYBE_MASKED) Mask(stage, token0, copies, has_offset, marks, offset, scores);
+    AccumulateTiles<C>(stage, scores, query.unit, cta.zero, cta.launch.v_table,
+                       cta.launch.v_negative, cta.at, state);
   }
 
   /*! \brief Note tiles with copies, a bit each, to be attended to later. */
@@ -184,10 +206,10 @@ struct attention_t {
                                        bool has_offset, uint32_t marks,
                                        const float (&offset)[C::kLaneColumns],
                                        scores_t<C, C::kTiles>& scores) const {
-    const bool masked = mask.IsMasked(token0);
     if constexpr (!C::kAllFeatures) {
-      if (masked) mask.HideTokens(token0, scores);
+      mask.HideTokens(token0, scores);
     } else {
+      const bool masked = mask.IsMasked(token0);
       const bool uncentred = has_offset && __any_sync(~0u, marks & 0x8000u);
       if (uncentred || masked || mask.capped || copies != 0) {
         if (uncentred) mask.TakeOffsets(stage, offset, scores);

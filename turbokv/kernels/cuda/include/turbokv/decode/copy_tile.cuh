@@ -11,10 +11,10 @@
 #include "turbokv/decode/lane.cuh"
 #include "turbokv/decode/mask.cuh"
 #include "turbokv/decode/params.cuh"
+#include "turbokv/decode/probability.cuh"
 #include "turbokv/decode/query.cuh"
 #include "turbokv/decode/score.cuh"
 #include "turbokv/decode/shared.cuh"
-#include "turbokv/decode/softmax.cuh"
 #include "turbokv/decode/traits.cuh"
 #include "turbokv/decode/vector.cuh"
 #include "turbokv/ptx.cuh"
@@ -149,16 +149,15 @@ __device__ __forceinline__ void ScoreCopy(const decode_params_t& p, const copy_k
 }
 
 /*! \brief Attend to a tile by its copy. */
-template <class C>
+template <class C, class Softmax>
 __device__ __forceinline__ void AttendCopy(const decode_params_t& p, const pending_copy_t& copy,
                                            int head, const float* rows, float v_unit, int zero,
                                            const query_fragments_t<C>& query, const mask_t<C>& mask,
-                                           const lane_t<C>& at, half_softmax_t<C>& state) {
+                                           const lane_t<C>& at, Softmax& state) {
   using V = typename C::v_t;
   constexpr bool kEarly = C::kHeadDim <= 128;  // V's loads fit the registers as well
-  const __half* keys_from =
-      p.kv.window + (static_cast<int64_t>(copy.slot) * p.num_kv_heads + head) *
-                        (2 * kTokensPerTile * C::kHeadDim);
+  const int64_t vectors = (static_cast<int64_t>(copy.slot) * p.num_kv_heads + head) * 2;
+  const __half* keys_from = p.kv.window + vectors * kTokensPerTile * C::kHeadDim;
   const __half* values_from = keys_from + kTokensPerTile * C::kHeadDim;
   const int written = mask.limits.length - copy.token;
   copy_keys_t<C> keys;
@@ -173,8 +172,8 @@ __device__ __forceinline__ void AttendCopy(const decode_params_t& p, const pendi
   scores_t<C, 1> scores;
   ScoreCopy<C>(p, keys, copy.token, rows, query, mask, at, scores);
   half_probabilities_t<C, 1> probabilities;
-  state.template Probabilities<true>(scores, query.unit, zero, probabilities);
-  const float gain = __fdividef(state.v_gain, v_unit * kCopyGain);
+  float gain[C::kLaneColumns];
+  state.CopyProbabilities(scores, query.unit, v_unit, zero, probabilities, gain);
 #pragma unroll
   for (int section = 0; section < V::kSections; ++section) {
     if constexpr (!kEarly) values[0].Load(values_from, section, written, at);
@@ -189,7 +188,10 @@ __device__ __forceinline__ void AttendCopy(const decode_params_t& p, const pendi
                     probabilities.b[0][n][1]);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          state.o[n][section * V::kBlocks + k][e] += sum[e] * (gain / V::OutputUnit(k, e / 2));
+          const int x = n * 2 + e % 2;
+          if (x < C::kLaneColumns) {
+            state.AddCopy(section * V::kBlocks + k, e / 2, x, sum[e] * gain[x]);
+          }
         }
       }
     }

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
   }
   tile_stream_t<C> stream(p, schedule, shared.warps[at.warp], at, base + plan.ring,
                           launch.num_stages);
-  const cta_t<C> cta(p, base, plan, min(launch.num_stages, 0), at);
+  stream.RequestPages();
+  const cta_t<C> cta(p, launch, base, plan, at);
 #pragma unroll 1
   for (int begin = schedule.begin; begin < schedule.end;) {
     const item_t item = schedule.Item(begin);
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     }
     if (launch.early) LoadQuery<C>(p, item, cta.group, at.warp, at.lane, query_bits);
     if (at.thread == 0) shared.limits = ItemLimits<C>(p, item, cta.group);
-    RotateQuery<C>(p, item, cta.group, at, cta.k_signs, cta.k_unit, query_bits, cta.rows, cta.query,
+    RotateQuery<C>(p, item, cta.group, at, launch.k_unit, query_bits, cta.rows, cta.query,
                    shared.columns);
     if (is_first) stream.Continue();
     __syncthreads();
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     attention_t<C> attention(cta, item, query, stream);
     attention.Run();
 
-    MergeWarps<C>(attention.state, query.unit, cta.v_unit, at, cta.merge, cta.rows, shared.columns);
+    MergeWarps<C>(attention.state, launch.v_unit, at, cta.merge, cta.rows, shared.columns);
     bool write = true;
     if (schedule.IsShared(item)) {
       // Items of all requests, at most max_q_len rows each.
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       write =
           CombineParts<C>(p, counter, is_first ? 0 : 1, schedule.Parts(item), cta.rows, shared, at);
     }
-    if (write) WriteRows<C>(p, item, cta.group, at, cta.v_signs, cta.rows, shared.columns);
+    if (write) WriteRows<C>(p, item, cta.group, at, cta.rows, shared.columns);
     __syncthreads();  // the next item reuses rows
     begin = item.end;
   }

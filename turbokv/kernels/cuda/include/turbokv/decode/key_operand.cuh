@@ -38,8 +38,9 @@ struct key_operand_t {
   static constexpr bool kEvenSum = kKind == expand_t::kUniform2;
 
   /*! \brief What an operand of 1 stands for, without the vector's scale. */
-  static __device__ __forceinline__ float Unit(const codebook_t& book) {
-    return exp2f(-book.frac_bits) * (kKind == expand_t::kUniform2 ? 2 * book.magnitudes[0] : 1);
+  static TURBOKV_HOST_DEVICE float Unit(const codebook_t& book) {
+    return InverseExp2(book.frac_bits) *
+           (kKind == expand_t::kUniform2 ? 2 * book.magnitudes[0] : 1);
   }
 
   /*! \brief Where the accumulator of a product starts, so that it lacks nothing; `sum` is that of

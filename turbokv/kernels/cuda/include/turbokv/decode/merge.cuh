@@ -11,27 +11,24 @@
 #include "turbokv/decode/params.cuh"
 #include "turbokv/decode/schedule.cuh"
 #include "turbokv/decode/shared.cuh"
-#include "turbokv/decode/softmax.cuh"
 #include "turbokv/decode/traits.cuh"
 #include "turbokv/ptx.cuh"
 
 namespace turbokv {
 namespace decode_detail {
 
-/*! \brief Put a warp's maxima and sums of its columns to shared memory; maxima become powers of
- * two. */
-template <class C>
-__device__ __forceinline__ void StoreMaxima(half_softmax_t<C>& state,
-                                            const float (&unit)[C::kLaneColumns],
-                                            const lane_t<C>& at, columns_t<C>& columns) {
+/*! \brief Put a warp's maxima and sums of its columns to shared memory. */
+template <class C, class Softmax>
+__device__ __forceinline__ void StoreMaxima(const Softmax& state, const lane_t<C>& at,
+                                            columns_t<C>& columns) {
 #pragma unroll
   for (int x = 0; x < C::kLaneColumns; ++x) {
+    float sum = state.Sum(x);
 #pragma unroll
-    for (int q = 4; q < 32; q *= 2) state.l[x] += __shfl_xor_sync(~0u, state.l[x], q);
-    state.m[x] *= unit[x];
+    for (int q = 4; q < 32; q *= 2) sum += __shfl_xor_sync(~0u, sum, q);
     if (at.g == 0) {
-      columns.warp_max[at.warp][at.column(x)] = state.m[x];
-      columns.warp_sum[at.warp][at.column(x)] = state.l[x] * state.PerGain();
+      columns.warp_max[at.warp][at.column(x)] = state.Max(x);
+      columns.warp_sum[at.warp][at.column(x)] = sum;
     }
   }
 }
@@ -39,17 +36,15 @@ __device__ __forceinline__ void StoreMaxima(half_softmax_t<C>& state,
 /*! \brief Merge the warps of a CTA into `rows`, [kColumns, kHeadDim], and the maxima and sums of
  * `columns`.
  *
- *  \param unit   Turns scores into powers of two.
+ *  \param state  Closed.
  *  \param merge  Room for [kWarps, kMergeRegs, 32].
  */
-template <class C>
-__device__ __forceinline__ void MergeWarps(half_softmax_t<C>& state,
-                                           const float (&unit)[C::kLaneColumns], float v_unit,
-                                           const lane_t<C>& at, float* merge, float* rows,
-                                           columns_t<C>& columns) {
+template <class C, class Softmax>
+__device__ __forceinline__ void MergeWarps(const Softmax& state, float v_unit, const lane_t<C>& at,
+                                           float* merge, float* rows, columns_t<C>& columns) {
   using V = typename C::v_t;
   constexpr int kWarps = C::kWarps, kPerBlock = 2 * C::kLaneColumns;
-  StoreMaxima<C>(state, unit, at, columns);
+  StoreMaxima<C>(state, at, columns);
   __syncthreads();
   float factor[C::kLaneColumns];
 #pragma unroll
@@ -57,7 +52,7 @@ __device__ __forceinline__ void MergeWarps(half_softmax_t<C>& state,
     float top = columns.warp_max[0][at.column(x)];
 #pragma unroll
     for (int i = 1; i < kWarps; ++i) top = fmaxf(top, columns.warp_max[i][at.column(x)]);
-    factor[x] = ptx::Exp2(state.m[x] - top) * (v_unit * state.PerGain());
+    factor[x] = ptx::Exp2(state.Max(x) - top) * v_unit;
   }
   if (at.thread < C::kColumns) {
     const int c = at.thread;
@@ -76,10 +71,8 @@ __device__ __forceinline__ void MergeWarps(half_softmax_t<C>& state,
 #pragma unroll
     for (int q = 0; q < C::kMergeRegs; ++q) {
       const int i = (chunk + q) / kPerBlock, half = (chunk + q) / C::kLaneColumns % 2;
-      const int x = (chunk + q) % C::kLaneColumns, n = x / 2, e = 2 * half + x % 2;
-      const float o =
-          state.o[n][i][e] * V::OutputUnit(i % V::kBlocks, half) + state.correction[n][e];
-      merge[(at.warp * C::kMergeRegs + q) * 32 + at.lane] = o * factor[x];
+      const int x = (chunk + q) % C::kLaneColumns;
+      merge[(at.warp * C::kMergeRegs + q) * 32 + at.lane] = state.Output(i, half, x) * factor[x];
     }
     __syncthreads();
     for (int j = at.thread; j < C::kMergeRegs * 32; j += C::kThreads) {
@@ -131,25 +124,27 @@ __device__ __forceinline__ bool CombineParts(const decode_params_t& p, int count
   }
   __syncthreads();
   if (!shared.is_last) return false;
-  auto part = [&](int i) {
-    const int number = 2 * (parts.first_cta + i) + (i == 0 ? parts.first_part : 0);
-    return partials + static_cast<int64_t>(number) * C::kPartial;
-  };
+  // Parts lie two partial results apart; only of the first CTA it may be the second one.
+  const float* const first = partials + static_cast<int64_t>(2 * parts.first_cta) * C::kPartial;
   // Many loads in flight: at small batches their latency is what this costs.
   constexpr int kAtOnce = 16;
+#pragma unroll 1
   for (int j = at.thread * 4; j < kColumns * kHeadDim; j += C::kThreads * 4) {
     const int c = j / kHeadDim;
     float top = -3e38f, sum = 0, x[4] = {0, 0, 0, 0};
+#pragma unroll 1
     for (int i0 = 0; i0 < parts.count; i0 += kAtOnce) {
+      const float* const from = first + static_cast<int64_t>(2 * i0) * C::kPartial;
       float tops[kAtOnce], sums[kAtOnce];
       float4 xs[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const bool valid = i0 + i < parts.count;
-        const float* from = part(valid ? i0 + i : 0);
-        tops[i] = valid ? __ldcg(from + kColumns * kHeadDim + c) : -3e38f;
-        sums[i] = valid ? __ldcg(from + kColumns * kHeadDim + kColumns + c) : 0.f;
-        xs[i] = valid ? __ldcg(reinterpret_cast<const float4*>(from + j)) : make_float4(0, 0, 0, 0);
+        const float* each = from + 2 * i * C::kPartial;
+        if (i == 0 && i0 == 0) each += parts.first_part * C::kPartial;
+        tops[i] = ptx::LoadCachedIf(valid, each + kColumns * kHeadDim + c, -3e38f);
+        sums[i] = ptx::LoadCachedIf(valid, each + kColumns * kHeadDim + kColumns + c, 0.f);
+        xs[i] = ptx::LoadCachedIf(valid, reinterpret_cast<const float4*>(each + j));
       }
       float higher = top;
 #pragma unroll

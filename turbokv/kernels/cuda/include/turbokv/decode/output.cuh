@@ -21,12 +21,14 @@ namespace decode_detail {
 /*! \brief Write the rows of an item and their LSE, a warp per row. */
 template <class C>
 __device__ __forceinline__ void WriteRows(const decode_params_t& p, const item_t& item, int group,
-                                          const lane_t<C>& at, uint32_t v_signs, const float* rows,
+                                          const lane_t<C>& at, const float* rows,
                                           const columns_t<C>& columns) {
   constexpr int kHeadDim = C::kHeadDim, kLane = C::kLane;
   const request_t& r = item.request;
   const int lane = at.lane;
   const float root = rsqrtf(static_cast<float>(kHeadDim));
+  const uint32_t v_signs = LaneSigns<kLane>(p.v_signs, lane);
+#pragma unroll 1
   for (int c = at.warp; c < C::kColumns; c += C::kWarps) {
     const int row = item.block * C::kColumns + c;
     if (row >= r.rows) continue;

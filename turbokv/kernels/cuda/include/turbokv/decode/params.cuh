@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "turbokv/codebook.cuh"
+#include "turbokv/decode/tables.cuh"
 #include "turbokv/paged_kv.cuh"
 #include "turbokv/types.cuh"
 
@@ -63,9 +64,11 @@ namespace decode_detail {
 
 /*! \brief What the launch adds to the arguments; see PlanLaunch. */
 struct launch_params_t {
-  int num_stages;  // of each warp's ring
-  bool cached;     // whether requests are kept in shared memory
-  bool early;      // see decode_options_t
+  int num_stages;                        // of each warp's ring
+  bool cached;                           // whether requests are kept in shared memory
+  bool early;                            // see decode_options_t
+  table_t k_table, v_table, v_negative;  // of codebooks, see MakeTable
+  float k_unit, v_unit;                  // what an operand of 1 stands for
 };
 
 }  // namespace decode_detail

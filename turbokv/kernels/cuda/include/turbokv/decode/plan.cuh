@@ -9,6 +9,7 @@
 #include "turbokv/codebook.cuh"
 #include "turbokv/decode/params.cuh"
 #include "turbokv/decode/shared.cuh"
+#include "turbokv/decode/tables.cuh"
 #include "turbokv/decode/traits.cuh"
 
 namespace turbokv {
@@ -82,6 +83,11 @@ launch_plan_t PlanLaunch(const decode_params_t& p, const decode_options_t& optio
   plan.threads = C::kThreads;
   plan.launch.cached = true;
   plan.launch.early = options.early && C::copy_t::kOverlapsLaunches;
+  plan.launch.k_table = MakeTable<C::kKBits, C::kKeyBytes>(p.k_codebook);
+  plan.launch.v_table = MakeTable<C::kVBits, C::kValueBytes>(p.v_codebook);
+  if (C::kVBits == 5) plan.launch.v_negative = MakeNegativeTable5(p.v_codebook);
+  plan.launch.k_unit = C::k_t::Unit(p.k_codebook);
+  plan.launch.v_unit = C::v_t::Unit(p.v_codebook);
   int ctas = C::kCtas, stages = 0;
   for (;; --ctas) {
     const int share = device.shared_of_sm / ctas - kReserved;

@@ -51,7 +51,7 @@ __device__ __forceinline__ void LoadQuery(const decode_params_t& p, const item_t
  */
 template <class C>
 __device__ __forceinline__ void RotateQuery(const decode_params_t& p, const item_t& item, int group,
-                                            const lane_t<C>& at, uint32_t k_signs, float k_unit,
+                                            const lane_t<C>& at, float k_unit,
                                             uint32_t (&bits)[C::kLane], float* rows, uint8_t* query,
                                             columns_t<C>& columns) {
   using K = typename C::k_t;
@@ -59,6 +59,8 @@ __device__ __forceinline__ void RotateQuery(const decode_params_t& p, const item
   const request_t& r = item.request;
   const int lane = at.lane, own_position = r.length - r.q_len;
   const float root = rsqrtf(static_cast<float>(kHeadDim));
+  const uint32_t k_signs = LaneSigns<kLane>(p.k_signs, lane);
+#pragma unroll 1
   for (int c = at.warp; c < kColumns; c += C::kWarps) {
     const int row = item.block * kColumns + c;
     if (c != at.warp) LoadQuery<C>(p, item, group, c, lane, bits);

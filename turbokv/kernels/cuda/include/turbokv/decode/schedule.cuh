@@ -38,6 +38,7 @@ struct schedule_t {
   const decode_params_t& p;
   shared_t<C>& shared;
   const lane_t<C>& at;
+  const bool by_warp;  // whether every warp lays out all requests
   requests_t<C> requests;
   int total = 0, ctas = 0;                   // steps on the line; CTAs that have any
   int item_ctas = 0, first_cta_of_item = 0;  // if items have an integer number of CTAs
@@ -45,7 +46,11 @@ struct schedule_t {
 
   __device__ __forceinline__ schedule_t(const decode_params_t& p, bool cached, int* memory,
                                         shared_t<C>& shared, const lane_t<C>& at)
-      : p(p), shared(shared), at(at), requests(p, cached, memory, at.warp) {}
+      : p(p),
+        shared(shared),
+        at(at),
+        by_warp(p.batch_size <= kWarpRequests),
+        requests(p, cached, memory, at.warp) {}
 
   /*! \brief Lay all steps in a line and take this CTA's part; false if there is none for it.
    *
@@ -54,16 +59,10 @@ struct schedule_t {
    *  rounding would cost more than a tenth. Else all CTAs get equally many steps.
    */
   __device__ __forceinline__ bool TakePart() {
+    LayOut();
     bool aligned = false, idle = false;
-    if (p.batch_size <= kWarpRequests) {
-      LayOutByWarp();
-      AlignByWarp(aligned, idle);
-      __syncwarp();
-    } else {
-      LayOutByCta();
-      if (p.batch_size <= kMaxAligned) AlignByCta(aligned, idle);
-      __syncthreads();
-    }
+    if (p.batch_size <= kMaxAligned) Align(aligned, idle);
+    Sync();
     if (idle) return false;
     if (!aligned) {
       const int cta = blockIdx.x;
@@ -79,9 +78,9 @@ struct schedule_t {
     item.index = requests.Find(step);
     item.request = requests.Get(item.index);
     const request_t& r = item.request;
-    const int x = step - requests.prefix[item.index], number = x / r.steps;
+    const int x = step - requests.prefix[item.index], number = FastDiv(x, r.steps);
     const int before = x - number * r.steps;
-    item.head = number / r.blocks, item.block = number - item.head * r.blocks;
+    item.head = FastDiv(number, r.blocks), item.block = number - item.head * r.blocks;
     item.begin = step, item.end = min(end, step + r.steps - before);
     item.line_begin = step - before;
     item.newest_step = r.first_step + r.steps - 1 - before;
@@ -135,76 +134,77 @@ struct schedule_t {
     end = line_begin + each * (part + 1) + FastDiv(rest * (part + 1), item_ctas);
   }
 
-  // --- few requests: a lane has one, every warp does the same, and none waits for another
+  // --- Few requests: a lane has one, every warp does the same, and none waits for another. Many: a
+  // thread has one. The same code for both, as code that runs once is read from memory.
 
-  __device__ __forceinline__ void LayOutByWarp() {
-    const int b = at.lane;
-    const int steps = WarpScan(b < p.batch_size ? StepsOf(requests.Fetch(b)) : 0, at.lane);
-    if (b < p.batch_size) requests.prefix[b + 1] = steps;
-    if (b == 0) requests.prefix[0] = 0;
-    total = __shfl_sync(~0u, steps, 31);
-    ctas = min(static_cast<int>(gridDim.x), total);
-    __syncwarp();
+  __device__ __forceinline__ void Sync() const {
+    if (by_warp) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
   }
-
-  __device__ __forceinline__ void AlignByWarp(bool& aligned, bool& idle) {
-    const int b = at.lane, cta = blockIdx.x;
-    bool uneven = false;
-    const int own = b < p.batch_size ? CtasOf(requests.Get(b), uneven) : 0;
-    const int last = WarpScan(own, at.lane), given = __shfl_sync(~0u, last, 31);
-    aligned = !__any_sync(~0u, uneven) && given <= ctas;
-    if (!aligned) return;
-    idle = cta >= given;
-    if (idle) return;
-    // the first request whose CTAs end after this one
-    const int found = __popc(__ballot_sync(~0u, last <= cta));
-    TakeAligned(found, __shfl_sync(~0u, last - own, found), __shfl_sync(~0u, last, found));
-  }
-
-  // --- many requests: a thread has one
 
   /*! \brief Sum over the threads up to this one; adds the sum over all to `carry`. */
-  __device__ __forceinline__ int CtaScan(int x, int& carry) {
+  __device__ __forceinline__ int Scan(int x, int& carry) {
     x = WarpScan(x, at.lane);
+    int before = carry;
+    if (by_warp) {
+      carry += __shfl_sync(~0u, x, 31);
+      return before + x;
+    }
     if (at.lane == 31) shared.warps[at.warp].total = x;
     __syncthreads();
-    int before = carry;
+#pragma unroll 1
     for (int i = 0; i < C::kWarps; ++i) {
-      if (i < at.warp) before += shared.warps[i].total;
-      carry += shared.warps[i].total;
+      const int each = shared.warps[i].total;
+      if (i < at.warp) before += each;
+      carry += each;
     }
     __syncthreads();
     return before + x;
   }
 
-  __device__ __forceinline__ void LayOutByCta() {
-    for (int base = 0; base < p.batch_size; base += C::kThreads) {
-      const int b = base + at.thread;
+  __device__ __forceinline__ void LayOut() {
+#pragma unroll 1
+    for (int base = 0; base < p.batch_size; base += by_warp ? 32 : C::kThreads) {
+      const int b = base + (by_warp ? at.lane : at.thread);
       int steps = b < p.batch_size ? StepsOf(requests.Fetch(b)) : 0;
-      steps = CtaScan(steps, total);
+      steps = Scan(steps, total);
       if (b < p.batch_size) requests.prefix[b + 1] = steps;
+      if (b == 0) requests.prefix[0] = 0;
     }
-    if (at.thread == 0) requests.prefix[0] = 0;
     ctas = min(static_cast<int>(gridDim.x), total);
+    if (by_warp) __syncwarp();
   }
 
-  __device__ __forceinline__ void AlignByCta(bool& aligned, bool& idle) {
+  __device__ __forceinline__ void Align(bool& aligned, bool& idle) {
     const int cta = blockIdx.x;
+    // the stream, which has not begun, has room for few
+    int* const cta_prefix = by_warp ? shared.warps[at.warp].pages : shared.cta_prefix;
     int given = 0;
     bool uneven = false;
-    for (int base = 0; base < p.batch_size; base += C::kThreads) {
-      const int b = base + at.thread;
+#pragma unroll 1
+    for (int base = 0; base < p.batch_size; base += by_warp ? 32 : C::kThreads) {
+      const int b = base + (by_warp ? at.lane : at.thread);
       int own = b < p.batch_size ? CtasOf(requests.Get(b), uneven) : 0;
-      own = CtaScan(own, given);
-      if (b < p.batch_size) shared.cta_prefix[b + 1] = own;
+      own = Scan(own, given);
+      if (b < p.batch_size) cta_prefix[b + 1] = own;
+      if (b == 0) cta_prefix[0] = 0;
     }
-    if (at.thread == 0) shared.cta_prefix[0] = 0;
-    aligned = !__syncthreads_or(uneven || given > ctas);
+    uneven |= given > ctas;
+    if (by_warp) {
+      uneven = __any_sync(~0u, uneven);
+      __syncwarp();
+    } else {
+      uneven = __syncthreads_or(uneven);
+    }
+    aligned = !uneven;
     if (!aligned) return;
     idle = cta >= given;
     if (idle) return;
-    const int b = LastNotAbove(shared.cta_prefix, p.batch_size, cta);
-    TakeAligned(b, shared.cta_prefix[b], shared.cta_prefix[b + 1]);
+    const int b = LastNotAbove(cta_prefix, p.batch_size, cta);
+    TakeAligned(b, cta_prefix[b], cta_prefix[b + 1]);
   }
 };
 

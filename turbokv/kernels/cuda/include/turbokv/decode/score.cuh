@@ -30,11 +30,12 @@ __device__ __forceinline__ void MultiplyKeys(const uint8_t* tile, const query_fr
                                              const table_t& k_table, const lane_t<C>& at,
                                              int (&acc)[C::kQueryBlocks][4]) {
   using K = typename C::k_t;
+  constexpr bool kSum = C::kKeyBytes == bytes_t::kSignedSum;
 #pragma unroll
   for (int k = 0; k < K::kSteps; ++k) {
     uint32_t w[2][K::kWords], h[2][2], a[2][K::kRegs], extra[2][K::kRegs];
     K::Load(tile, k, at.g, at.t, w, h);
-    K::template Expand<C::kSumTables>(w, h, k_table, a, extra);
+    K::template Expand<kSum>(w, h, k_table, a, extra);
 #pragma unroll
     for (int q = 0; q < K::kRegs / 2; ++q) {
       const int reg = k * K::kRegs + 2 * q;
@@ -47,7 +48,7 @@ __device__ __forceinline__ void MultiplyKeys(const uint8_t* tile, const query_fr
         } else {
           ptx::MmaS8(acc[n], a[0][2 * q], a[1][2 * q], a[0][2 * q + 1], a[1][2 * q + 1], b0, b1);
         }
-        if constexpr (K::TwoTerms(C::kSumTables)) {
+        if constexpr (K::TwoTerms(kSum)) {
           ptx::MmaS8(acc[n], extra[0][2 * q], extra[1][2 * q], extra[0][2 * q + 1],
                      extra[1][2 * q + 1], b0, b1);
         }

@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
+#include "turbokv/decode/probability.cuh"
 #include "turbokv/decode/score.cuh"
 #include "turbokv/decode/traits.cuh"
-#include "turbokv/decode/vector.cuh"
 #include "turbokv/ptx.cuh"
 
 namespace turbokv {
@@ -18,7 +18,6 @@ namespace decode_detail {
 
 constexpr int kLowestTopExponent = 30;
 constexpr float kLowestTop = 1.f / (1 << kLowestTopExponent);  // below every positive fp16
-constexpr float kCopyGain = 1024.f;  // of the probabilities of 16-bit copies
 // Maxima are raised to those seen only when a probability times a V scale, which with them is at
 // most 2 to kTopExponent, exceeds kMaxProduct: so rarely that it costs nothing. Both are inside
 // fp16, as is the sum of two, and far from its subnormals. The sum of probabilities is watched as
@@ -27,16 +26,11 @@ constexpr int kTopExponent = 11;
 constexpr uint32_t kMaxProduct = (14 + 15) << 10;  // bits of 2^14 in fp16
 constexpr float kMaxSum = 1.2e24f;                 // 2^80: fp32 has room for more
 
-/*! \brief Probabilities of TILES tiles as B operands of fp16 products: tokens along k. */
-template <class C, int TILES>
-struct half_probabilities_t {
-  uint32_t b[TILES][C::kTermBlocks][2];
-};
-
 /*! \brief Online softmax and output of this lane's columns. Outputs are in the fragments of
  * products: coordinates as rows; with four query rows odd columns mean nothing. */
 template <class C>
 struct half_softmax_t {
+  using V = typename C::v_t;
   static constexpr int kColumns = C::kLaneColumns, kBlocks = C::kTermBlocks;
   static constexpr int kPerBlock = C::kBlockColumns;
   float o[kBlocks][C::kOutBlocks][4];
@@ -106,7 +100,7 @@ struct half_softmax_t {
               product[half][y] = e * (COPIES ? kCopyGain : scores.v_scale[i][half]);
             }
           }
-          Pack(product, p.b[i][n], largest);
+          p.Pack(i, n, product, largest);
         }
 #pragma unroll
         for (int y = 0; y < kPerBlock; ++y) grows |= !(sum[n * 2 + y] < kMaxSum);
@@ -117,6 +111,38 @@ struct half_softmax_t {
     } while (__any_sync(~0u, grows) && raised++ == 0);
 #pragma unroll
     for (int x = 0; x < kColumns; ++x) l[x] = sum[x];
+  }
+
+  /*! \brief Turn scores of a 16-bit copy into probabilities for fp16 products. What those give,
+   * times `gain`, AddCopy takes; `v_unit` is that of V's levels. */
+  __device__ __forceinline__ void CopyProbabilities(const scores_t<C, 1>& scores,
+                                                    const float (&unit)[kColumns], float v_unit,
+                                                    int zero, half_probabilities_t<C, 1>& p,
+                                                    float (&gain)[kColumns]) {
+    Probabilities<true>(scores, unit, zero, p);
+#pragma unroll
+    for (int x = 0; x < kColumns; ++x) gain[x] = __fdividef(v_gain, v_unit * kCopyGain);
+  }
+
+  /*! \brief Add to the output of a block of coordinates. */
+  __device__ __forceinline__ void AddCopy(int block, int half, int x, float value) {
+    o[x / 2][block][2 * half + x % 2] += value / V::OutputUnit(block % V::kBlocks, half);
+  }
+
+  /*! \brief After the last step: what Max, Sum and Output are. */
+  __device__ __forceinline__ void Close(const float (&unit)[kColumns]) {
+#pragma unroll
+    for (int x = 0; x < kColumns; ++x) m[x] *= unit[x];
+  }
+  /*! \brief In powers of two, what the sum and outputs of a column are relative to. */
+  __device__ __forceinline__ float Max(int x) const { return m[x]; }
+  /*! \brief This lane's part of the sum of probabilities. */
+  __device__ __forceinline__ float Sum(int x) const { return l[x] * PerGain(); }
+  /*! \brief In V's unit. */
+  __device__ __forceinline__ float Output(int block, int half, int x) const {
+    const int n = x / 2, e = 2 * half + x % 2;
+    const float raw = o[n][block][e] * V::OutputUnit(block % V::kBlocks, half);
+    return (raw + correction[n][e]) * PerGain();
   }
 
   /*! \brief Add what the constant in V's operands has cost to the outputs. */
@@ -133,29 +159,9 @@ struct half_softmax_t {
     uncorrected = 0;
   }
 
+ private:
   /*! \brief 1 / v_gain, without a division. */
   __device__ __forceinline__ float PerGain() const { return v_top * (1.f / (1 << kTopExponent)); }
-
- private:
-  /*! \brief B operands of a tile: rows g of the fragment become k. */
-  static __device__ __forceinline__ void Pack(const float (&product)[2][kPerBlock],
-                                              uint32_t (&b)[2], __half2& largest) {
-    if constexpr (C::kColumns == 4) {
-      // Tokens g and g + 8 side by side. Transposed, even columns have tokens 2t and 2t + 1 of row
-      // g / 2, odd ones 2t + 8 and 2t + 9: outputs use the even ones.
-      const __half2 pair = __floats2half2_rn(product[0][0], product[1][0]);
-      largest = __hmax2_nan(largest, pair);
-      b[0] = ptx::Transpose8x8(*reinterpret_cast<const uint32_t*>(&pair));
-      b[1] = __shfl_xor_sync(~0u, b[0], 4);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const __half2 pair = __floats2half2_rn(product[half][0], product[half][kPerBlock - 1]);
-        largest = __hmax2_nan(largest, pair);
-        b[half] = ptx::Transpose8x8(*reinterpret_cast<const uint32_t*>(&pair));
-      }
-    }
-  }
 
   /*! \brief Raise maxima to those of a step, and count what there is in their units. */
   template <bool COPIES, int TILES>

@@ -22,6 +22,9 @@ __host__ __device__ constexpr expand_t ExpandKind(int bits, bool uniform2) {
                      : expand_t::kBytes8;
 }
 
+/*! \brief 2^-bits. */
+TURBOKV_HOST_DEVICE float InverseExp2(int bits) { return BitsFloat((127u - bits) << 23); }
+
 /*! \brief Two tables of eight bytes each. What they hold depends on the width; see MakeTable. */
 struct table_t {
   uint32_t a0, a1, b0, b1;
@@ -81,7 +84,7 @@ TURBOKV_HOST_DEVICE table_t MakeTable(const codebook_t& codebook) {
 }
 
 /*! \brief Negative levels of 5 bits, as 128 - magnitude. */
-__device__ __forceinline__ table_t MakeNegativeTable5(const codebook_t& codebook) {
+TURBOKV_HOST_DEVICE table_t MakeNegativeTable5(const codebook_t& codebook) {
   uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int i = 0; i < 16; ++i) {

@@ -72,16 +72,24 @@ struct bulk_copy_t {
       const uint32_t present = sources >> first & C::kAllTiles;
       const uint32_t to = this->stages_address + stage * C::kStepBytes;
       const uint32_t barrier = this->barriers + 8 * stage;
-      if (contiguous > 1 && present == C::kAllTiles) {
-        constexpr int kHalf = C::kTiles / 2;
+      // Without copies all tiles of a step in one page may be copied, written or not.
+      if (contiguous == C::kTiles && (C::kAllFeatures ? present == C::kAllTiles : present != 0)) {
+        const uint8_t* const from = SourceOf(source, first);
+        if (ptx::ElectOne()) {
+          ptx::BarrierArriveExpect(barrier, C::kStepBytes);
+          ptx::BulkCopy(to, from, C::kStepBytes, barrier);
+        }
+        __syncwarp();
+        return;
+      }
+      if (C::kTiles > 1 && contiguous == C::kTiles / 2 && present == C::kAllTiles) {
+        constexpr int kHalf = C::kTiles > 1 ? C::kTiles / 2 : 1;
         const uint8_t* const from = SourceOf(source, first);
         const uint8_t* const second = SourceOf(source, first + kHalf);
         if (ptx::ElectOne()) {
           ptx::BarrierArriveExpect(barrier, C::kStepBytes);
-          ptx::BulkCopy(to, from, contiguous * C::kTile, barrier);
-          if (contiguous == kHalf) {
-            ptx::BulkCopy(to + kHalf * C::kTile, second, kHalf * C::kTile, barrier);
-          }
+          ptx::BulkCopy(to, from, kHalf * C::kTile, barrier);
+          ptx::BulkCopy(to + kHalf * C::kTile, second, kHalf * C::kTile, barrier);
         }
         __syncwarp();
         return;

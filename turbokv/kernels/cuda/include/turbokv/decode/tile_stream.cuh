@@ -40,7 +40,8 @@ struct tile_stream_t {
   int step;              // of the line: what this warp attends to next
   int tiles_per_page;
   int contiguous;  // tiles of a full step that lie together
-  bool first_is_issued = false;
+  bool first_is_issued = false, first_is_old = false;
+  int first_head_tile = 0;  // of the first look-up
 
   int request = 0, request_begin = 0, request_end = 0;  // of the last look-up
   int page = -1, head_tile = 0;                         // of the next look-up, one tile per lane
@@ -71,31 +72,32 @@ struct tile_stream_t {
                                                 : 1;
   }
 
-  /*! \brief Look up where this warp's first steps lie, and issue the first of them unless the
-   * kernel before may still write it. */
-  __device__ __forceinline__ void Start(bool early) {
+  /*! \brief Request the page ids of this warp's first look-ups. */
+  __device__ __forceinline__ void RequestPages() {
     const int32_t* entry;
-    int first_head_tile = 0;
-    bool is_old = true;
 #pragma unroll 1
     for (int chunk = 0; chunk < 3; ++chunk) {
       first_head_tile = head_tile, head_tile = after_head_tile;
       after_head_tile = LookUp(chunk, entry);
-      if (chunk == 0) is_old = __all_sync(~0u, at.lane >= kTiles || tile_is_old);
+      if (chunk == 0) first_is_old = __all_sync(~0u, at.lane >= kTiles || tile_is_old);
       CopyAsync(chunk == 0 ? own.next_slots : chunk == 1 ? own.next_pages : own.pages, entry);
       ptx::AsyncCommit();
     }
+  }
+
+  /*! \brief Issue the first step unless, if `early`, the kernel before may still write it. */
+  __device__ __forceinline__ void Start(bool early) {
     ptx::AsyncWait<2>();
     const int first_page = own.next_slots[at.lane];
     source_head = first_head_tile >> kTileBits;
     if constexpr (C::kAllFeatures) {
-      entry = SlotEntry(first_page, first_head_tile);
+      const int32_t* const entry = SlotEntry(first_page, first_head_tile);
       slot = ptx::LoadIf(entry != nullptr, entry, -1);
     }
     // whether there is a copy is not known yet: the first step is copied with all its tiles
     source = SourceOf(first_page, first_head_tile, -1);
     present = __ballot_sync(~0u, source != nullptr);
-    if (num_steps > 0 && (is_old || !early)) {
+    if (num_steps > 0 && (first_is_old || !early)) {
       ring.Issue(0, source, present, 0, at.lane, contiguous);
       first_is_issued = true;
     }
@@ -127,7 +129,7 @@ struct tile_stream_t {
 #pragma unroll 1
     for (; issued - attended < depth; ++issued) {
       if (issued < num_steps) {
-        ring.Issue(write_stage, source, present, issued % kSteps * kTiles, at.lane, contiguous);
+        ring.Issue(write_stage, source, present, FirstLane(issued), at.lane, contiguous);
         Record(write_stage);
       }
       ring.Commit();
@@ -147,6 +149,11 @@ struct tile_stream_t {
   }
 
  private:
+  /*! \brief The lane that has a step's first tile in its look-up. */
+  static __device__ __forceinline__ int FirstLane(int step_of_warp) {
+    return static_cast<unsigned>(step_of_warp) % kSteps * kTiles;
+  }
+
   /*! \brief Where the page of this lane's tile of a look-up is written, null if there is nothing to
    * read; returns its head << kTileBits | tile of the page. */
   __device__ __forceinline__ int LookUp(int chunk, const int32_t*& entry) {
@@ -197,7 +204,7 @@ struct tile_stream_t {
 
   /*! \brief Record which tiles of the step just issued have copies. */
   __device__ __forceinline__ void RecordCopies(int stage) {
-    const int first = issued % kSteps * kTiles;
+    const int first = FirstLane(issued);
     const uint32_t copies = with_copies >> first & C::kAllTiles;
     if (copies == 0) return;
     copies_in_flight |= static_cast<uint64_t>(copies) << (issued - attended) * kTiles;
@@ -217,7 +224,7 @@ struct tile_stream_t {
    */
   __device__ __forceinline__ void Record(int stage) {
     if constexpr (C::kAllFeatures) RecordCopies(stage);
-    if ((issued + 1) % kSteps != 0) return;
+    if (FirstLane(issued + 1) != 0) return;
     // The ring's Wait has waited for all groups but the newest, if there are groups of tiles.
     if (!C::copy_t::kWaitsForLookUps || attended == 0) ptx::AsyncWait<0>();
     if constexpr (C::kAllFeatures) slot = own.next_slots[at.lane];

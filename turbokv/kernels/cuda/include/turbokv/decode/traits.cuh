@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "turbokv/decode/key_operand.cuh"
+#include "turbokv/decode/tables.cuh"
 #include "turbokv/decode/tile_copy.cuh"
 #include "turbokv/decode/value_operand.cuh"
 #include "turbokv/pack.cuh"
@@ -24,6 +25,31 @@ constexpr int kMaxAligned = 256;   // requests whose items may get an integer nu
 constexpr int kWarpRequests = 31;  // requests that every warp lays out for itself
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNever = -1e30f;  // a running maximum that has seen nothing
+
+/*! \brief How probabilities are multiplied with values. */
+enum class products_t {
+  kHalf,     // levels as fp16, probabilities as fp16: any width
+  kInteger,  // levels as int8, probabilities as integers of 16 bits in two terms
+};
+
+/*! \brief The product of a variant, here and nowhere else. An architecture whose int8 products are
+ * slow would choose here.
+ *
+ *  Integers need registers for two terms and for the outputs in fp32 that they are added to. With
+ *  eight rows those by lookup need V's bytes moved as well: measured, 192 us instead of 174.
+ */
+constexpr products_t Products(int head_dim, int v_bits, bool uniform2, int columns) {
+  const bool uniform = v_bits == 2 && uniform2, lookup = v_bits == 3 || v_bits == 4;
+  const bool fits = head_dim * columns <= 1024;
+  return fits && ((uniform && columns <= 8) || (lookup && columns == 4)) ? products_t::kInteger
+                                                                         : products_t::kHalf;
+}
+
+/*! \brief How integer products see k. */
+enum class order_t {
+  kPairs,  // of a tile, (token, which coordinate of a pair): the bytes as lookups leave them
+  kQuads,  // of two tiles, four tokens of one coordinate side by side
+};
 
 /*! \brief What a variant can be asked for. Whatever a variant lacks costs it nothing. */
 enum class features_t {
@@ -49,6 +75,18 @@ struct decode_traits_t {
   using copy_t = COPY;
   static constexpr int kHeadDim = HEAD_DIM, kKBits = K_BITS, kVBits = V_BITS, kColumns = COLUMNS;
   static constexpr bool kAllFeatures = FEATURES == features_t::kAll;
+  static constexpr products_t kProducts = Products(HEAD_DIM, V_BITS, UNIFORM2, COLUMNS);
+  // How integer products see k. Lookups of 3 and 4 bits leave two coordinates of a token side by
+  // side: with four rows probabilities take that order, with more V's bytes are moved.
+  static constexpr order_t kOrder =
+      COLUMNS == 4 && v_t::kKind != expand_t::kUniform2 ? order_t::kPairs : order_t::kQuads;
+  // What tables hold, see MakeTable; two terms may be operands one after the other.
+  static constexpr bytes_t kKeyBytes =
+      K_BITS == 4 && COLUMNS == 4 ? bytes_t::kSignedSum : bytes_t::kSigned;
+  static constexpr bytes_t kValueBytes = kProducts == products_t::kHalf ? bytes_t::kOffset128
+                                         : V_BITS == 4 && kOrder == order_t::kPairs
+                                             ? bytes_t::kSignedSum
+                                             : bytes_t::kSigned;
   static_assert(COLUMNS == 4 || COLUMNS == 8 || COLUMNS == 16, "an mma has eight columns");
 
   // --- tiles and steps

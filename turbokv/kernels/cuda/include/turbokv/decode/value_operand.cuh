@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// V of a tile as the A operand of an fp16 product: coordinates as rows and tokens as k.
+// V of a tile as the A operand of a product, fp16 or int8: coordinates as rows and tokens as k.
 // FORMAT.md section 6 orders the bytes of a tile for exactly this.
 #ifndef TURBOKV_DECODE_VALUE_OPERAND_CUH_
 #define TURBOKV_DECODE_VALUE_OPERAND_CUH_
@@ -42,8 +42,9 @@ struct value_operand_t {
   static constexpr bool kAddPairs = kKind == expand_t::kUniform2;
 
   /*! \brief What an operand of 1 stands for, without the vector's scale. */
-  static __device__ __forceinline__ float Unit(const codebook_t& book) {
-    return exp2f(-book.frac_bits) * (kKind == expand_t::kUniform2 ? 2 * book.magnitudes[0] : 1);
+  static TURBOKV_HOST_DEVICE float Unit(const codebook_t& book) {
+    return InverseExp2(book.frac_bits) *
+           (kKind == expand_t::kUniform2 ? 2 * book.magnitudes[0] : 1);
   }
 
   /*! \brief What outputs of a block and half have to be multiplied by to count in that unit:
@@ -111,12 +112,6 @@ struct value_operand_t {
       const uint32_t x = w[block / 2], y = x >> 8;
       const uint32_t mask = 0x00030003u << (block % 2 * 4);
       a[0] = x & mask, a[1] = x & (mask << 2), a[2] = y & mask, a[3] = y & (mask << 2);
-    } else if constexpr (kKind == expand_t::kPaired4) {
-      const uint32_t x = w[block], y = x ^ 0x88888888u;
-      const uint32_t low = Permute(table.a0, table.a1, x) ^ Permute(table.b0, table.b1, y);
-      const uint32_t high =
-          Permute(table.a0, table.a1, x >> 16) ^ Permute(table.b0, table.b1, y >> 16);
-      Widen(low, high, a);
     } else if constexpr (kKind == expand_t::kSignMagnitude5) {
       const uint32_t p = h[0] << (7 - 2 * block), q = h[0] << (6 - 2 * block);
       uint32_t bytes[2];
@@ -137,6 +132,24 @@ struct value_operand_t {
       a[0] = Permute(x, k1024, 0x4140), a[1] = Permute(y, k1024, 0x4140);
       a[2] = Permute(x, k1024, 0x4342), a[3] = Permute(y, k1024, 0x4342);
     } else {
+      uint32_t low, high;
+      LookUp(w, h, block, table, low, high);
+      Widen(low, high, a);
+    }
+  }
+
+  /*! \brief Bytes of a block by lookup: `low` has [token 2t row g, token 2t row g + 8, token 2t + 1
+   * row g, token 2t + 1 row g + 8], `high` tokens 2t + 8 and 2t + 9. Not for kUniform2, kBytes8 and
+   * kSignMagnitude5. */
+  static __device__ __forceinline__ void LookUp(const uint32_t (&w)[kWords], const uint32_t (&h)[2],
+                                                int block, const table_t& table, uint32_t& low,
+                                                uint32_t& high) {
+    using ptx::Permute;
+    if constexpr (kKind == expand_t::kPaired4) {
+      uint32_t terms[2][2];
+      LookUpTerms(w, h, block, table, terms);
+      low = terms[0][0] ^ terms[1][0], high = terms[0][1] ^ terms[1][1];
+    } else {
       uint32_t x = w[block / 2];
       if constexpr (kKind == expand_t::kLookup2) x = Permute(x, 0, 0x3120);
       const int f = block % 2, i = block / 2 % 2;
@@ -146,7 +159,28 @@ struct value_operand_t {
         const uint32_t shifted = bit <= 2 ? h[block / 4] << (2 - bit) : h[block / 4] >> (bit - 2);
         s |= shifted & 0x44444444u;
       }
-      Widen(Permute(table.a0, table.a1, s), Permute(table.a0, table.a1, s >> 16), a);
+      low = Permute(table.a0, table.a1, s), high = Permute(table.a0, table.a1, s >> 16);
+    }
+  }
+
+  // Lookups of 4 bits are two, see MakeTable: with kSignedSum both may be operands, one after the
+  // other, of products that are added.
+  static constexpr int kTerms = kKind == expand_t::kPaired4 ? 2 : 1;
+
+  /*! \brief The same before the terms of a level are put together: [term][low, high]. */
+  static __device__ __forceinline__ void LookUpTerms(const uint32_t (&w)[kWords],
+                                                     const uint32_t (&h)[2], int block,
+                                                     const table_t& table,
+                                                     uint32_t (&terms)[kTerms][2]) {
+    using ptx::Permute;
+    if constexpr (kKind == expand_t::kPaired4) {
+      const uint32_t x = w[block], y = x ^ 0x88888888u;
+      terms[0][0] = Permute(table.a0, table.a1, x);
+      terms[0][1] = Permute(table.a0, table.a1, x >> 16);
+      terms[1][0] = Permute(table.b0, table.b1, y);
+      terms[1][1] = Permute(table.b0, table.b1, y >> 16);
+    } else {
+      LookUp(w, h, block, table, terms[0][0], terms[0][1]);
     }
   }
 };
