@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from turbokv import Codebook, TurboKVCodec
 from turbokv.calibrate_online import OnlineCalibrator
-from turbokv.calibrate_static import StaticCalibrator
+from turbokv.calibrate_static import StaticCalibrator, random_ids
 from turbokv.calibration import (
     FORMAT,
     VERSION,
@@ -251,6 +251,15 @@ def test_static_calibrator_names_what_is_missing() -> None:
         calibrator.update(0, keys=torch.zeros(1, 1, 4, dtype=torch.float32))
     with pytest.raises(ValueError, match=r"k: wanted shape \[heads, tokens, head_dim\], got \[4\]"):
         calibrator.update(0, k=torch.zeros(4, dtype=torch.float32))
+
+
+def test_random_ids_are_the_same_everywhere_and_leave_out_padding() -> None:
+    plain = random_ids(SimpleNamespace(vocab_size=50), 2000)
+    assert plain.shape == (1, 2000) and plain.min() == 0 and plain.max() == 49
+    state = torch.get_rng_state()
+    padded = random_ids(SimpleNamespace(vocab_size=50, pad_token_id=49), 2000)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not (padded == 49).any() and torch.equal(padded[plain < 49], plain[plain < 49])
 
 
 # --- fitted codebooks -----------------------------------------------------------------------------

@@ -25,11 +25,24 @@ AUTO_CONTEXT = 512
 _SCALE_RANGE = 16.0
 
 
-def random_ids(vocab_size: int, count: int, seed: int = 0) -> Tensor:
-    """Return random token ids, int64 ``[1, count]`` on the CPU; the same in every process."""
+def random_ids(config: Any, count: int, seed: int = 0) -> Tensor:
+    """Return random token ids, int64 ``[1, count]`` on the CPU; the same in every process.
+
+    Parameters
+    ----------
+    config
+        A text config: names the size of the vocabulary and the padding token, which is left out,
+        since some models divide by the length of its embedding, which is zero.
+    count
+        Of tokens.
+    seed
+        Of the generator.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
-    size = (1, count)
-    return torch.randint(0, vocab_size, size, generator=generator, dtype=torch.int64, device="cpu")
+    size, vocab_size = (1, count), int(config.vocab_size)
+    ids = torch.randint(0, vocab_size, size, generator=generator, dtype=torch.int64, device="cpu")
+    padding = getattr(config, "pad_token_id", None)
+    return ids if padding is None else torch.where(ids == padding, (ids + 1) % vocab_size, ids)
 
 
 def split_text(ids: Tensor, context: int, bos: int | None) -> list[Tensor]:

@@ -72,7 +72,12 @@ def test_layers_without_rotary_are_found() -> None:
 
 def test_length_dependent_rotary_is_left_alone() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert find_rotary(llama(rope_parameters=rope, max_position_embeddings=128)) == {}
+    model = llama(rope_parameters=rope, max_position_embeddings=128)
+    assert find_rotary(model) == {}
+    assert calibrate(model, tokens=128).layers == {}
+    with pytest.MonkeyPatch.context() as patch:  # and is not run for nothing
+        patch.setattr(type(model.model), "forward", None)
+        assert calibrate(model, tokens=128).layers == {}
 
 
 def test_mean_key_is_the_pre_rotary_mean() -> None:

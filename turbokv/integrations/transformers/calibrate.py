@@ -91,8 +91,8 @@ def _captured_queries(model: Any) -> Iterator[list[Tensor]]:
 
 def random_tokens(model: Any, count: int, seed: int = 0) -> Tensor:
     """Return random token ids ``[1, count]``: the data-free calibration text."""
-    size = model.config.get_text_config(decoder=True).vocab_size
-    return random_ids(size, count, seed).to(model.device)
+    text = model.config.get_text_config(decoder=True)
+    return random_ids(text, count, seed).to(model.device)
 
 
 def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
@@ -162,6 +162,8 @@ def calibrate(
     rotaries = find_rotary(model) if "offsets" in parts else {}
     statics = StaticCalibrator()
     pieces = split_text(ids, context, bos)
+    if not rotaries and set(parts) == {"offsets"}:
+        pieces = []  # nothing to measure where no layer's rotary embedding is known
     for number, piece in enumerate(pieces):
         for index, k, v, q in _forward(model, piece, with_queries="k_scale" in parts):
             named = {"k": k, "v": v}

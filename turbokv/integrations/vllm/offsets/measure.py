@@ -98,7 +98,7 @@ def run(model: Any, vllm_config: Any, impls: Mapping[str, Any]) -> dict[str, Mea
     rotaries = _probe(model, vllm_config, impls, min(limit, PROBE_TOKENS))
     statics = StaticCalibrator()
     indices = {name: index for index, name in enumerate(rotaries)}
-    ids = random_ids(text.vocab_size, AUTO_TOKENS)
+    ids = random_ids(text, AUTO_TOKENS)
     fresh: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -135,9 +135,14 @@ def _probe(model: Any, vllm_config: Any, impls: Mapping[str, Any], count: int) -
         candidates += [plain, Rotary(plain.inv_freq, not plain.interleaved)]
     token = min(1000, vllm_config.model_config.hf_text_config.vocab_size - 1)
     found: dict[str, Rotary] = {}
+    fresh: dict[str, Tensor] = {}
 
     def watch(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if impls[name].kv_sharing_target_layer_name is None:
+        target = impls[name].kv_sharing_target_layer_name
+        if target is not None:  # has no keys and values of its own
+            value = fresh[target]
+        else:
+            fresh[name] = value
             match = matching_rotary(key.transpose(0, 1), candidates)
             if match is not None:
                 found[name] = match
