@@ -38,8 +38,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def check(case: Case, loose: float = 1, **options: Any) -> None:
-    problem = Problem(case)
-    arguments = problem.arguments()
+    check_problem(Problem(case), loose, **options)
+
+
+def check_problem(problem: Problem, loose: float = 1, **options: Any) -> None:
+    arguments, case = problem.arguments(), problem.case
     harness.decode(arguments, **options)
     out, lse = arguments["out"], arguments["lse"]
     error = (out - problem.expected).norm() / problem.expected.norm().clamp(min=1e-6)
@@ -60,6 +63,7 @@ def test_features_agree_with_float64(shape: str) -> None:
     check(case, plain=False)
     check(replace(case, kept=0.3, centred=True, logits_soft_cap=30.0, sinks=True))
     check(replace(case, kept=1.0, page_size=64))
+    check(replace(case, lens=(3000, 0), page_size=64, num_kv_heads=1))
     check(replace(case, q_lens=(2, 2, 1, 0, 1), group_size=case.group_size // 2, window_left=200))
 
 
@@ -69,6 +73,32 @@ def test_maxima_that_rise_and_values_of_all_sizes(shape: str) -> None:
     for seed, kept in ((0, 0.0), (1, 0.2)):
         case = Case(lens=LENS, rising=2, uneven=True, kept=kept, seed=seed, **SHAPES[shape])
         check(case, loose=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("marked", [0.0, 0.001])
+def test_steps_without_uncentred_keys_and_with_few(marked: float) -> None:
+    """Steps in which no row needs anything rare have code of their own, with offsets too."""
+    problem = Problem(Case(lens=(3000, 2048), num_kv_heads=1, centred=True, kept=0.01))
+    marks = problem.scales()[..., 1]
+    marks &= 0x7F
+    marks |= (torch.rand(marks.shape) < marked).to(torch.uint8) << 7
+    problem.expected, problem.expected_lse = problem.solve()
+    problem.poison()
+    check_problem(problem)
+
+
+@pytest.mark.slow
+def test_scores_that_rise_and_fall_move_exponents() -> None:
+    """Steps whose largest probabilities differ by powers of two, up and down, at random."""
+    for seed in range(3):
+        problem = Problem(Case(lens=(2000, 900), num_kv_heads=1, seed=seed))
+        g = torch.Generator().manual_seed(seed)
+        k = problem.scales()[..., :2].view(torch.half)
+        k *= (6 * torch.rand(k.shape[0], 1, 1, 1, 1, generator=g) - 3).exp2().half()
+        problem.expected, problem.expected_lse = problem.solve()
+        problem.poison()
+        check_problem(problem, loose=4)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ struct attention_t {
   softmax_t<C> state;
   int num_pending = 0;         // 16-bit copies that wait to be attended to
   int first_segment = 0;       // of the offsets in shared memory
-  int clear_begin, clear_end;  // steps of the line that no row needs masked
+  int clear_begin, clear_end;  // steps of the line in which no row needs a mask
 
   __device__ __forceinline__ attention_t(const cta_t<C>& cta, const item_t& item,
                                          const query_fragments_t<C>& query,
@@ -86,6 +86,8 @@ struct attention_t {
     const item_limits_t& limits = cta.shared.limits;
     const int from_newest = item.newest_step + item.begin;
     clear_begin = from_newest + 1 - limits.all_end / C::kStepTokens;
+    // a part of few steps has one body only: reading another one's code would take longer
+    if (item.end - item.begin <= 2 * C::kWarps) clear_begin = item.end;
     clear_end = from_newest + 1 - (max(limits.all_begin, 0) + C::kStepTokens - 1) / C::kStepTokens;
   }
 
@@ -101,9 +103,7 @@ struct attention_t {
         pass = cta.p.k_offset_rotated != nullptr ? BeginPass(pass) : item.end;
         for (;;) {
 #pragma unroll 1
-          while (stream.step < pass && num_pending <= kPending - C::kTiles) {
-            Step();
-          }
+          while (stream.step < pass && num_pending <= kPending - C::kTiles) Step();
           if (stream.step >= pass) break;
           __syncwarp();
 #pragma unroll 1
@@ -150,29 +150,46 @@ struct attention_t {
     const int token0 = (item.newest_step - (step - item.begin)) * C::kStepTokens;
     // Tiles with copies have not been read: skip them here, attend to them later.
     const uint32_t copies = stream.Take();
+    // Most steps need none of what few need and have code of their own: a branch further down would
+    // split the block in which the compiler schedules (161 us became 151).
+    bool is_clear = step >= clear_begin && step < clear_end;
     if constexpr (C::kAllFeatures) {
       if (copies != 0) Postpone(copies, token0);
-      if (copies != C::kAllTiles) Attend<true>(stage, token0, copies);
-    } else if (step >= clear_begin && step < clear_end) {
-      // Most steps need no mask and have code of their own: a branch further down would split the
-      // block in which the compiler schedules (161 us became 151).
+      is_clear = is_clear && copies == 0 && !mask.capped && !AnyUncentred(stage);
+    }
+    constexpr bool kTwoBodies = C::kColumns <= 8;  // more rows leave no registers to gain anything
+    if (kTwoBodies && is_clear) {
       Attend<false>(stage, token0, copies);
-    } else {
+    } else if (copies != C::kAllTiles) {
       Attend<true>(stage, token0, copies);
     }
     __syncwarp();  // the stage may be filled again
     stream.ring.Advance();
   }
 
-  /*! \brief Attend to a step; without MAYBE_MASKED every row sees all of it. */
-  template <bool MAYBE_MASKED>
+  /*! \brief Whether a key of a step was stored uncentred, which the sign of its scale says; false
+   * if keys have no offsets. Tiles with copies are not there: their steps are not asked. */
+  __device__ __forceinline__ bool AnyUncentred(const uint8_t* stage) const {
+    if (cta.p.k_offset_rotated == nullptr) return false;
+    uint32_t marks = 0;
+#pragma unroll
+    for (int i = 0; i < C::kTiles; i += 2) {
+      const int tile = min(i + cta.at.lane / 16, C::kTiles - 1);
+      marks |= *reinterpret_cast<const uint32_t*>(stage + tile * C::kTile + C::kScales +
+                                                  cta.at.lane % 16 * 4);
+    }
+    return __any_sync(~0u, marks & 0x8000u);
+  }
+
+  /*! \brief Attend to a step; without RARE every row sees all of it as it is in the codes. */
+  template <bool RARE>
   __device__ __forceinline__ void Attend(const uint8_t* stage, int token0, uint32_t copies) {
     scores_t<C, C::kTiles> scores;
     float offset[C::kLaneColumns];
     uint32_t marks = 0;
     const bool has_offset = LoadOffset(token0, offset);
     ScoreTiles<C>(stage, query, cta.launch.k_table, offset, cta.at, scores, marks);
-    if constexpr (MAYBE_MASKED) Mask(stage, token0, copies, has_offset, marks, offset, scores);
+    if constexpr (RARE) Mask(stage, token0, copies, has_offset, marks, offset, scores);
     AccumulateTiles<C>(stage, scores, query.unit, cta.zero, cta.launch.v_table,
                        cta.launch.v_negative, cta.at, state);
   }

@@ -23,6 +23,8 @@ namespace decode_detail {
 // More bits round less and are chosen again more often: with 14 and 11 a third of the steps were,
 // at an error of 1.4e-4; with 13 and 9 few, at 3.3e-4.
 constexpr int kTopBits = 13, kLowBits = 9;
+// Where the largest product of a step goes that has too many or too few.
+constexpr int kHighestBits = 15, kLowestBits = 11;
 // How far below the largest score seen exponents may be, in powers of two: what is less is nothing
 // beside it, and sums stay inside fp32.
 constexpr float kExponentRange = 60;
@@ -247,7 +249,17 @@ struct integer_softmax_t {
         }
       }
       peak[x] = fmaxf(peak[x], WarpMax(top));
-      to[x] = fmaxf(WarpMax(product) - kTopBits, peak[x] - kExponentRange);
+      product = WarpMax(product);
+      const float bits = product - c[x], lowest = peak[x] - kExponentRange;
+      float chosen = c[x];
+      if (!(c[x] > kNever)) {
+        chosen = product - kTopBits;
+      } else if (bits > 15.9f) {
+        chosen = product - kHighestBits;
+      } else if (bits < kLowBits + 0.1f && product - kLowestBits >= lowest) {
+        chosen = product - kLowestBits;
+      }
+      to[x] = fmaxf(chosen, lowest);
       // an infinite score or scale: what it is worth is not known
       if (!(to[x] < -kNever)) l[x] = NAN;
     }
