@@ -38,19 +38,16 @@ struct schedule_t {
   const decode_params_t& p;
   shared_t<C>& shared;
   const lane_t<C>& at;
-  const bool by_warp;  // whether every warp lays out all requests
   requests_t<C> requests;
   int total = 0, ctas = 0;                   // steps on the line; CTAs that have any
   int item_ctas = 0, first_cta_of_item = 0;  // if items have an integer number of CTAs
   int begin = 0, end = 0;                    // this CTA's part
+  bool has_aligned_item = false;             // whether it is of one item, and known
+  item_t aligned_item;
 
   __device__ __forceinline__ schedule_t(const decode_params_t& p, bool cached, int* memory,
                                         shared_t<C>& shared, const lane_t<C>& at)
-      : p(p),
-        shared(shared),
-        at(at),
-        by_warp(p.batch_size <= kWarpRequests),
-        requests(p, cached, memory, at.warp) {}
+      : p(p), shared(shared), at(at), requests(p, cached, memory, at.warp) {}
 
   /*! \brief Lay all steps in a line and take this CTA's part; false if there is none for it.
    *
@@ -59,10 +56,15 @@ struct schedule_t {
    *  rounding would cost more than a tenth. Else all CTAs get equally many steps.
    */
   __device__ __forceinline__ bool TakePart() {
-    LayOut();
     bool aligned = false, idle = false;
-    if (p.batch_size <= kMaxAligned) Align(aligned, idle);
-    Sync();
+    if (p.batch_size <= kWarpRequests) {
+      LayOutByWarp(aligned, idle);
+      __syncwarp();
+    } else {
+      LayOutByCta();
+      if (p.batch_size <= kMaxAligned) AlignByCta(aligned, idle);
+      __syncthreads();
+    }
     if (idle) return false;
     if (!aligned) {
       const int cta = blockIdx.x;
@@ -74,16 +76,13 @@ struct schedule_t {
 
   /*! \brief The item that a step of this CTA's part belongs to. */
   __device__ __forceinline__ item_t Item(int step) const {
+    if (has_aligned_item) return aligned_item;
     item_t item;
-    item.index = requests.Find(step);
-    item.request = requests.Get(item.index);
-    const request_t& r = item.request;
-    const int x = step - requests.prefix[item.index], number = FastDiv(x, r.steps);
-    const int before = x - number * r.steps;
-    item.head = FastDiv(number, r.blocks), item.block = number - item.head * r.blocks;
-    item.begin = step, item.end = min(end, step + r.steps - before);
-    item.line_begin = step - before;
-    item.newest_step = r.first_step + r.steps - 1 - before;
+    const int b = requests.Find(step);
+    item.request = requests.Get(b);
+    const int x = step - requests.prefix[b], number = FastDiv(x, item.request.steps);
+    item.begin = step;
+    MakeItem(item, b, number, x - number * item.request.steps);
     return item;
   }
 
@@ -103,58 +102,84 @@ struct schedule_t {
   }
 
  private:
+  /*! \brief The rest of an item by its number among its request's, if `before` of its steps are
+   * those of CTAs before; `begin` is this CTA's first of them. */
+  __device__ __forceinline__ void MakeItem(item_t& item, int b, int number, int before) const {
+    const request_t& r = item.request;
+    item.index = b;
+    item.head = FastDiv(number, r.blocks), item.block = number - item.head * r.blocks;
+    item.end = min(end, item.begin + r.steps - before);
+    item.line_begin = item.begin - before;
+    item.newest_step = r.first_step + r.steps - 1 - before;
+  }
+
   /*! \brief The CTA whose part a step is in, if parts are equal. */
   __device__ __forceinline__ int Owner(int step) const {
     return static_cast<int>((static_cast<int64_t>(step + 1) * ctas - 1) / total);
   }
 
-  __device__ __forceinline__ int StepsOf(const request_t& r) const {
-    return r.steps * r.blocks * p.num_kv_heads;
-  }
-
-  /*! \brief CTAs that a request gets, and whether rounding them down costs too much. */
+  /*! \brief CTAs that each item of a request gets, and whether rounding them down costs too much.
+   */
   __device__ __forceinline__ int CtasOf(const request_t& r, bool& uneven) const {
-    const int items = r.blocks * p.num_kv_heads;
     const int each = max(1, FastMulDiv(ctas, r.steps, max(total, 1)));
-    const int max_steps = total / max(ctas, 1) * 11 / 10 + 1;
-    uneven |= items > 0 && r.steps > max_steps * each;
-    return items * each;
+    const int max_steps = FastDiv(total, max(ctas, 1)) * 11 / 10 + 1;
+    uneven |= r.blocks > 0 && r.steps > max_steps * each;
+    return each;
   }
 
-  /*! \brief This CTA's part if request b has the CTAs from `first` to `last`. */
-  __device__ __forceinline__ void TakeAligned(int b, int first, int last) {
-    const request_t r = requests.Get(b);
-    item_ctas = FastDiv(last - first, r.blocks * p.num_kv_heads);
+  /*! \brief This CTA's part if the items of a request, whose first step is `line`, have the CTAs
+   * from `first` on, item_ctas each; returns the item's number. */
+  __device__ __forceinline__ int TakeAligned(int steps, int line, int first) {
     const int item = FastDiv(static_cast<int>(blockIdx.x) - first, item_ctas);
     first_cta_of_item = first + item * item_ctas;
-    const int part = blockIdx.x - first_cta_of_item;
-    const int line_begin = requests.prefix[b] + item * r.steps;
-    const int each = FastDiv(r.steps, item_ctas), rest = r.steps - each * item_ctas;
+    const int part = blockIdx.x - first_cta_of_item, line_begin = line + item * steps;
+    const int each = FastDiv(steps, item_ctas), rest = steps - each * item_ctas;
     begin = line_begin + each * part + FastDiv(rest * part, item_ctas);
     end = line_begin + each * (part + 1) + FastDiv(rest * (part + 1), item_ctas);
+    return item;
   }
 
-  // --- Few requests: a lane has one, every warp does the same, and none waits for another. Many: a
-  // thread has one. The same code for both, as code that runs once is read from memory.
-
-  __device__ __forceinline__ void Sync() const {
-    if (by_warp) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
+  /*! \brief Few requests: a lane has one, every warp does the same, and none waits for another.
+   * What a single request takes before its first copy is mostly this. */
+  __device__ __forceinline__ void LayOutByWarp(bool& aligned, bool& idle) {
+    const int b = at.lane, cta = blockIdx.x;
+    request_t r = {};
+    if (b < p.batch_size) r = requests.Fetch(b);
+    const int items = r.blocks * p.num_kv_heads;
+    const int last_step = WarpScan(r.steps * items, b);
+    if (b < p.batch_size) requests.prefix[b + 1] = last_step;
+    if (b == 0) requests.prefix[0] = 0;
+    total = __shfl_sync(~0u, last_step, 31);
+    ctas = min(static_cast<int>(gridDim.x), total);
+    bool uneven = false;
+    const int each = CtasOf(r, uneven), own = items * each;
+    const int last = WarpScan(own, b), given = __shfl_sync(~0u, last, 31);
+    aligned = !__any_sync(~0u, uneven) && given <= ctas;
+    if (!aligned) return;
+    idle = cta >= given;
+    if (idle) return;
+    // the first request whose CTAs end after this one
+    const int found = __popc(__ballot_sync(~0u, last <= cta));
+    item_ctas = __shfl_sync(~0u, each, found);
+    request_t& of = aligned_item.request;
+    const int line = __shfl_sync(~0u, last_step - r.steps * items, found);
+    const int first = __shfl_sync(~0u, last - own, found);
+    of = requests.Make(__shfl_sync(~0u, r.length, found), __shfl_sync(~0u, r.first_row, found),
+                       __shfl_sync(~0u, r.q_len, found));
+    const int number = TakeAligned(of.steps, line, first);
+    aligned_item.begin = begin;
+    MakeItem(aligned_item, found, number, begin - line - number * of.steps);
+    has_aligned_item = true;
   }
+
+  // --- many requests: a thread has one
 
   /*! \brief Sum over the threads up to this one; adds the sum over all to `carry`. */
-  __device__ __forceinline__ int Scan(int x, int& carry) {
+  __device__ __forceinline__ int CtaScan(int x, int& carry) {
     x = WarpScan(x, at.lane);
-    int before = carry;
-    if (by_warp) {
-      carry += __shfl_sync(~0u, x, 31);
-      return before + x;
-    }
     if (at.lane == 31) shared.warps[at.warp].total = x;
     __syncthreads();
+    int before = carry;
 #pragma unroll 1
     for (int i = 0; i < C::kWarps; ++i) {
       const int each = shared.warps[i].total;
@@ -165,46 +190,47 @@ struct schedule_t {
     return before + x;
   }
 
-  __device__ __forceinline__ void LayOut() {
+  __device__ __forceinline__ void LayOutByCta() {
 #pragma unroll 1
-    for (int base = 0; base < p.batch_size; base += by_warp ? 32 : C::kThreads) {
-      const int b = base + (by_warp ? at.lane : at.thread);
-      int steps = b < p.batch_size ? StepsOf(requests.Fetch(b)) : 0;
-      steps = Scan(steps, total);
+    for (int base = 0; base < p.batch_size; base += C::kThreads) {
+      const int b = base + at.thread;
+      int steps = 0;
+      if (b < p.batch_size) {
+        const request_t r = requests.Fetch(b);
+        steps = r.steps * r.blocks * p.num_kv_heads;
+      }
+      steps = CtaScan(steps, total);
       if (b < p.batch_size) requests.prefix[b + 1] = steps;
-      if (b == 0) requests.prefix[0] = 0;
     }
+    if (at.thread == 0) requests.prefix[0] = 0;
     ctas = min(static_cast<int>(gridDim.x), total);
-    if (by_warp) __syncwarp();
   }
 
-  __device__ __forceinline__ void Align(bool& aligned, bool& idle) {
+  __device__ __forceinline__ void AlignByCta(bool& aligned, bool& idle) {
     const int cta = blockIdx.x;
-    // the stream, which has not begun, has room for few
-    int* const cta_prefix = by_warp ? shared.warps[at.warp].pages : shared.cta_prefix;
     int given = 0;
     bool uneven = false;
 #pragma unroll 1
-    for (int base = 0; base < p.batch_size; base += by_warp ? 32 : C::kThreads) {
-      const int b = base + (by_warp ? at.lane : at.thread);
-      int own = b < p.batch_size ? CtasOf(requests.Get(b), uneven) : 0;
-      own = Scan(own, given);
-      if (b < p.batch_size) cta_prefix[b + 1] = own;
-      if (b == 0) cta_prefix[0] = 0;
+    for (int base = 0; base < p.batch_size; base += C::kThreads) {
+      const int b = base + at.thread;
+      int own = 0;
+      if (b < p.batch_size) {
+        const request_t r = requests.Get(b);
+        own = CtasOf(r, uneven) * r.blocks * p.num_kv_heads;
+      }
+      own = CtaScan(own, given);
+      if (b < p.batch_size) shared.cta_prefix[b + 1] = own;
     }
-    uneven |= given > ctas;
-    if (by_warp) {
-      uneven = __any_sync(~0u, uneven);
-      __syncwarp();
-    } else {
-      uneven = __syncthreads_or(uneven);
-    }
-    aligned = !uneven;
+    if (at.thread == 0) shared.cta_prefix[0] = 0;
+    aligned = !__syncthreads_or(uneven || given > ctas);
     if (!aligned) return;
     idle = cta >= given;
     if (idle) return;
-    const int b = LastNotAbove(cta_prefix, p.batch_size, cta);
-    TakeAligned(b, cta_prefix[b], cta_prefix[b + 1]);
+    const int b = LastNotAbove(shared.cta_prefix, p.batch_size, cta);
+    const request_t r = requests.Get(b);
+    const int first = shared.cta_prefix[b];
+    item_ctas = FastDiv(shared.cta_prefix[b + 1] - first, r.blocks * p.num_kv_heads);
+    TakeAligned(r.steps, requests.prefix[b], first);
   }
 };
 

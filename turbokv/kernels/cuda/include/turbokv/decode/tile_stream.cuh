@@ -32,6 +32,7 @@ struct tile_stream_t {
   static constexpr int kTileBits = 20;
 
   const decode_params_t& p;
+  const schedule_t<C>& schedule;
   const requests_t<C>& requests;
   warp_shared_t<C>& own;  // this warp's
   const lane_t<C>& at;
@@ -60,7 +61,12 @@ struct tile_stream_t {
   __device__ __forceinline__ tile_stream_t(const decode_params_t& p, const schedule_t<C>& schedule,
                                            warp_shared_t<C>& own, const lane_t<C>& at,
                                            uint8_t* ring_memory, int num_stages)
-      : p(p), requests(schedule.requests), own(own), at(at), begin(schedule.begin) {
+      : p(p),
+        schedule(schedule),
+        requests(schedule.requests),
+        own(own),
+        at(at),
+        begin(schedule.begin) {
     ring.Attach(ring_memory + at.warp * num_stages * C::kStepBytes, own.barriers, num_stages);
     ring.Init(at.lane);
     step = begin + at.warp;
@@ -161,21 +167,30 @@ struct tile_stream_t {
     if (chunk * kSteps >= num_steps) return 0;
     const int i = chunk * kSteps + at.lane / kTiles;  // of this warp's steps
     const int looked_up = begin + at.warp + C::kWarps * i;
-    // mostly the request of the last look-up
-    if (__any_sync(~0u, looked_up < request_begin || looked_up >= request_end)) {
-      request = requests.Find(looked_up);
-      request_begin = requests.prefix[request], request_end = requests.prefix[request + 1];
+    int head, step_of_request;
+    request_t r;
+    if (schedule.has_aligned_item) {
+      const item_t& item = schedule.aligned_item;
+      r = item.request, request = item.index, head = item.head;
+      step_of_request = max(item.newest_step - (looked_up - item.begin), 0);
+    } else {
+      // mostly the request of the last look-up
+      if (__any_sync(~0u, looked_up < request_begin || looked_up >= request_end)) {
+        request = requests.Find(looked_up);
+        request_begin = requests.prefix[request], request_end = requests.prefix[request + 1];
+      }
+      r = requests.Get(request);
+      const int x = looked_up - request_begin, number = FastDiv(x, r.steps);
+      head = FastDiv(number, r.blocks);
+      step_of_request = r.first_step + r.steps - 1 - (x - number * r.steps);
     }
-    const request_t r = requests.Get(request);
-    const int x = looked_up - request_begin, item = FastDiv(x, r.steps);
-    const int tile =
-        (r.first_step + r.steps - 1 - (x - item * r.steps)) * kTiles + at.lane % kTiles;
+    const int tile = step_of_request * kTiles + at.lane % kTiles;
     const int page_of_request = FastDiv(tile, tiles_per_page);
     if (i < num_steps && tile * kTokensPerTile < r.length) {
       entry = p.kv.page_table + TableEntry(p.kv, request, page_of_request);
     }
     tile_is_old = (tile + 1) * kTokensPerTile <= r.length - r.q_len;
-    return FastDiv(item, r.blocks) << kTileBits | (tile - page_of_request * tiles_per_page);
+    return head << kTileBits | (tile - page_of_request * tiles_per_page);
   }
 
   static __device__ __forceinline__ int TileOf(int head_tile) {
