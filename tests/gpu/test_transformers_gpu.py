@@ -13,7 +13,7 @@ from turbokv import TurboKVCodec, kernels
 from turbokv.calibration import LayerCalibration
 from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies
 from turbokv.integrations.transformers import TurboKVCache, TurboKVLayer
-from turbokv.integrations.transformers.cache import _Options
+from turbokv.integrations.transformers.layers import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +28,7 @@ def test_layer_holds_the_same_bytes_as_on_the_cpu(bits: int) -> None:
     calibration = LayerCalibration(offsets=KeyOffsets(mu, Rotary(rotary_frequencies(128))))
     layers = [
         TurboKVLayer(
-            _Options(bits, bits, 32, 4, {}),
+            Options(bits, bits, 32, 4, {}),
             calibration=calibration,
             left_padding=torch.tensor([0, 9]),
         )

@@ -20,11 +20,8 @@ from turbokv import TurboKVCodec  # noqa: E402
 from turbokv.calibration import Calibration, Fingerprint, LayerCalibration  # noqa: E402
 from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies  # noqa: E402
 from turbokv.integrations.transformers import TurboKVCache  # noqa: E402
-from turbokv.integrations.transformers.cache import (  # noqa: E402
-    TurboKVLayer,
-    _Options,
-    cache_nbytes,
-)
+from turbokv.integrations.transformers.cache import cache_nbytes  # noqa: E402
+from turbokv.integrations.transformers.layers import Options, TurboKVLayer  # noqa: E402
 
 HEADS, DIM = 2, 64
 
@@ -50,7 +47,7 @@ def llama(layers: int = 2, **kwargs: object) -> LlamaForCausalLM:
 
 
 def layer(window: int = 8, sinks: int = 2, bits: int = 4, **kwargs: object) -> TurboKVLayer:
-    return TurboKVLayer(_Options(bits, bits, window, sinks, {}), **kwargs)
+    return TurboKVLayer(Options(bits, bits, window, sinks, {}), **kwargs)
 
 
 def tokens(count: int, batch: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -398,7 +395,7 @@ def test_padding_of_another_batch_is_refused() -> None:
 
 def test_model_without_full_attention_is_refused() -> None:
     config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
-    with pytest.raises(ValueError, match="config: wanted a model with full-attention layers"):
+    with pytest.raises(ValueError, match="config: wanted a model with layers that attend to the whole"):
         TurboKVCache(config)
 
 

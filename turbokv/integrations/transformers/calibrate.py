@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,15 +20,16 @@ from turbokv.calibrate_static import SKIP_TOKENS, StaticCalibrator, random_ids, 
 from turbokv.calibration import Calibration, LayerCalibration
 from turbokv.centring import PROBE_TOKENS, KeyOffsets, Rotary, matching_rotary, no_rotary
 from turbokv.codec import TurboKVCodec
+from turbokv.integrations.transformers.layers import sees_everything
 from turbokv.integrations.transformers.models import fingerprint
 
 _CAPTURE = "turbokv_capture_queries"
 PARTS = ("offsets", "k_scale", "v_scale", "v_shift", "k_codebook", "v_codebook")
 
 
-def _layers_of(cache: DynamicCache) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _layers_of(cache: DynamicCache, config: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
     for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.is_initialized:
+        if sees_everything(layer, config) and layer.is_initialized:
             yield index, layer.keys, layer.values
 
 
@@ -62,7 +63,7 @@ def find_rotary(model: Any) -> dict[int, Rotary]:
     with torch.inference_mode():
         _body(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     found: dict[int, Rotary] = {}
-    for index, keys, _ in _layers_of(cache):
+    for index, keys, _ in _layers_of(cache, model.config):
         rotary = matching_rotary(keys[0], candidates)
         if rotary is not None:
             found[index] = rotary
@@ -209,7 +210,7 @@ def _forward(
             _body(model)(input_ids=piece, past_key_values=cache, use_cache=True)
     else:
         _body(model)(input_ids=piece, past_key_values=cache, use_cache=True)
-    for index, keys, values in _layers_of(cache):
+    for index, keys, values in _layers_of(cache, model.config):
         k, v = keys[0, :, SKIP_TOKENS:], values[0, :, SKIP_TOKENS:]
         q = None
         if with_queries:

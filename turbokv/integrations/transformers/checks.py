@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicIndexedLayer
 
 
 def check_count(value: int, name: str) -> int:
@@ -38,3 +41,11 @@ def left_padding(attention_mask: Tensor) -> Tensor:
         got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
         raise ValueError(f"attention_mask: wanted a tensor [batch, tokens], got {got}")
     return (attention_mask != 0).to(torch.int8).argmax(dim=1).cpu()
+
+
+def describe(layers: Sequence[object]) -> str:
+    """Say what layers that are not compressed keep instead."""
+    kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        return f"{kinds} only, whose sparse index TurboKV does not keep"
+    return f"{kinds} only, which are bounded and need no compression"

@@ -19,9 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from turbokv.integrations.transformers.baselines import Baseline
+from turbokv.integrations.transformers.layers import sees_everything
 
 CacheFactory = Callable[[], Cache]
 
@@ -52,10 +58,16 @@ class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
 
 def simulated_cache(config: Any, baseline: Baseline) -> Cache:
     """Return a cache whose full-attention layers hold what ``baseline`` would give back."""
-    layers = [
-        SimulatedLayer(baseline) if type(layer) is DynamicLayer else layer
-        for layer in DynamicCache(config=config).layers
-    ]
+    layers = []
+    for layer in DynamicCache(config=config).layers:
+        if sees_everything(layer, config):
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                raise ValueError(
+                    "config: wanted layers of attention alone, as rivals are simulated so, got"
+                    f" {type(config).__name__} with a recurrent state beside it"
+                )
+            layer = SimulatedLayer(baseline)
+        layers.append(layer)
     return Cache(layers=layers)
 
 
