@@ -173,8 +173,8 @@ class Problem:
         length, size = self.case.lens[i], self.case.page_size
         pages = self.table[i, : -(-length // size)]
         k_packed, k_norms, v_packed, v_norms = self.cache.gather_packed(pages, length)
-        k = self.codec.decompress_k_raw(k_packed, k_norms.abs()).double()
-        v = self.codec.decompress_v_raw(v_packed, v_norms).double()
+        k = self.codec.decompress_k_raw(k_packed, k_norms.abs(), dtype=torch.float32).double()
+        v = self.codec.decompress_v_raw(v_packed, v_norms, dtype=torch.float32).double()
         position = torch.arange(length, device=DEVICE)
         if self.k_offset is not None:
             offset = self.k_offset.double()[position // 256]

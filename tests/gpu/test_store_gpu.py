@@ -158,8 +158,8 @@ def test_decompress_reads_what_the_reference_reads(
     if rotated:
         k_packed, k_norms, v_packed, v_norms = cache.gather_packed(table, length)
         expected = (
-            cache.codec.decompress_k_raw(k_packed, k_norms),
-            cache.codec.decompress_v_raw(v_packed, v_norms),
+            cache.codec.decompress_k_raw(k_packed, k_norms, dtype=torch.float32),
+            cache.codec.decompress_v_raw(v_packed, v_norms, dtype=torch.float32),
         )
     else:
         expected = cache.gather(table, length)
@@ -181,8 +181,8 @@ def test_decompress_is_exact_before_it_rounds(head_dim: int, bits: int) -> None:
     codec = cache.codec
     k_packed, k_norms, v_packed, v_norms = cache.gather_packed(table, length)
     # level * scale has at most 19 bits, so these are exact
-    raw_k = codec.decompress_k_raw(k_packed, k_norms).double()
-    raw_v = codec.decompress_v_raw(v_packed, v_norms).double()
+    raw_k = codec.decompress_k_raw(k_packed, k_norms, dtype=torch.float32).double()
+    raw_v = codec.decompress_v_raw(v_packed, v_norms, dtype=torch.float32).double()
     back_k = codec.rotate_query(torch.eye(head_dim, device=DEVICE)).T
     back_v = codec.unrotate_output(torch.eye(codec.padded_dim, device=DEVICE))
     root = codec.padded_dim**-0.5

@@ -395,7 +395,9 @@ def test_padding_of_another_batch_is_refused() -> None:
 
 def test_model_without_full_attention_is_refused() -> None:
     config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
-    with pytest.raises(ValueError, match="config: wanted a model with layers that attend to the whole"):
+    with pytest.raises(
+        ValueError, match="config: wanted a model with layers that attend to the whole"
+    ):
         TurboKVCache(config)
 
 

@@ -98,8 +98,8 @@ def run(emulate, cache, order, head, start, end, tile_kv, **options):
 def expected(cache, order, head, start, end):
     """What rows hold: levels times scales, exact in fp32, rounded to fp16 once."""
     k_packed, k_norms, v_packed, v_norms = cache.gather_packed(order, end)
-    k = cache.codec.decompress_k_raw(k_packed, k_norms.abs())[start:end, head]
-    v = cache.codec.decompress_v_raw(v_packed, v_norms)[start:end, head]
+    k = cache.codec.decompress_k_raw(k_packed, k_norms.abs(), dtype=torch.float32)[start:end, head]
+    v = cache.codec.decompress_v_raw(v_packed, v_norms, dtype=torch.float32)[start:end, head]
     return k, v, k_norms[start:end, head]
 
 
