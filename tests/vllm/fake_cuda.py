@@ -159,7 +159,8 @@ def describe(model: str, dtype: str, arguments: dict[str, Any]) -> dict[str, Any
         flat = [group for several in groups for group in several]
         tensors = _tensors(config, cache, flat, sizes)
         found["shapes"] = sorted({(tuple(t.shape[1:]), str(t.dtype)) for t in tensors.values()})
-        found["is_dense_in_pages"] = all(_is_dense(t[0]) for t in tensors.values())
+        ours = [tensor for tensor in tensors.values() if tensor.dtype == torch.uint8]
+        found["is_dense_in_pages"] = all(tensor[0].is_contiguous() for tensor in ours)
         found["graphs"] = graphs.min_cg_support.name
         for name, tensor in tensors.items():
             layers[name].kv_cache = tensor
@@ -272,11 +273,6 @@ def _tensors(config: Any, cache: Any, groups: list[Any], sizes: Any) -> dict[str
     raw = attn_utils._allocate_kv_cache(cache, {}, device)
     dtype = config.cache_config.cache_dtype
     return attn_utils._reshape_kv_cache(groups, raw, dtype, sizes, {}, cache)
-
-
-def _is_dense(page: Any) -> bool:
-    """Whether a page's numbers lie together in the order of its dimensions."""
-    return bool(page.is_contiguous())
 
 
 def _step(group: Any) -> list[Any]:
