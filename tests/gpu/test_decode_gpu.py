@@ -26,8 +26,8 @@ if torch.cuda.is_available():
 PAIRS, DIMS = build.PAIRS, build.DIMS
 FUZZ_CHUNKS, FUZZ_CASES = 50, 42
 # Scores are exact but for a 16-bit query. Probabilities round to fp16 (2^-11) or to integers of
-# which a step's largest has 10 bits and more: measured 3.7e-4 at worst on 947 cases; FlashAttention-3
-# in bf16 is at 2e-3 on such data.
+# which a step's largest has 10 bits and more: measured 3.7e-4 at worst on 947 cases;
+# FlashAttention-3 in bf16 is at 2e-3 on such data.
 TOLERANCE = 6e-4
 LSE_TOLERANCE = 2e-3  # a score of 30 times 2^-15, the query's rounding
 
