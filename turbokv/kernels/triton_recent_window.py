@@ -7,8 +7,8 @@ second launch would cost the host more than the whole kernel takes. The lanes ta
 pairs with the kind outermost, so that when slots are short every request gets its sinks, then its
 newest tile, and so on. Phases pass data through global memory; a barrier stands between them.
 
-:mod:`turbokv.integrations.vllm.window.pool` states the rules, and holds the reference in plain
-Python.
+:mod:`turbokv.integrations.vllm.window.pool` states the rules, and
+:mod:`turbokv.integrations.vllm.window.reference` is the reference in plain Python.
 """
 
 from __future__ import annotations

@@ -46,22 +46,12 @@ import torch
 from torch import Tensor
 
 from turbokv import kernels
+from turbokv.integrations.vllm.window import reference
+from turbokv.integrations.vllm.window.reference import window_tiles
+from turbokv.paged import TILE
 
-TILE = 16
-# Of a slot, in this step: its tile is live, is some request's first, was live in the step before,
-# is beyond the share of every request whose window it is in.
-_LIVE = 1
-_SINK = 2
-_LEFT = 4
-_BEYOND = 8
-_STEPS, _TILES, _COMPRESSED, _WANTED, _REFUSED, _EVICTED, _IN_USE, _HAND = range(8)
 _INT32_MAX = 2**31 - 1
 _WINDOWS: weakref.WeakSet[RecentWindow] = weakref.WeakSet()
-
-
-def window_tiles(window: int) -> int:
-    """Return the most tiles that ``window`` tokens in a row can touch."""
-    return 0 if window == 0 else -(-(window - 1) // TILE) + 1
 
 
 def slot_bytes(num_kv_heads: int, padded_dim: int) -> int:
@@ -296,7 +286,19 @@ class RecentWindow:
         if self.backend == "triton":
             self._launch(block_table, seq_lens, query_lens)
         else:
-            self._refresh_reference(block_table, seq_lens, query_lens)
+            reference.refresh(
+                block_table,
+                seq_lens,
+                query_lens,
+                self.tile_slots,
+                self._slot_tile,
+                self._slot_index,
+                self._slot_state,
+                self._counters,
+                window=self.window,
+                sinks=self.sinks,
+                null_page=self.null_page,
+            )
         if self.on_refresh is not None:
             self.on_refresh(self)
 
@@ -369,133 +371,6 @@ class RecentWindow:
         return WindowMetrics(
             steps, tiles, compressed, wanted, refused, evicted, in_use, self.num_slots
         )
-
-    # --- the reference ------------------------------------------------------------------------
-
-    def _refresh_reference(self, block_table: Tensor, seq_lens: Tensor, query_lens: Tensor) -> None:
-        """Apply the rules of this module's head one by one; equal to the kernel in every slot."""
-        table = block_table.tolist()
-        tiles_per_page = self.page_size // TILE
-        flat = self.tile_slots.view(-1)
-        num_pages = self.tile_slots.shape[0]
-        map_, owner, state = flat.tolist(), self._slot_tile.tolist(), self._slot_state.tolist()
-        index = self._slot_index.tolist()
-        state = [(s & _SINK) | (_LEFT if s & _LIVE else 0) for s in state]
-        capacity = len(table[0]) * self.page_size if table else 0
-
-        requests = sum(after > 0 for after in seq_lens.tolist())
-        share = self.num_slots // max(requests, 1) - (self.sinks > 0)
-        rows = []
-        for row, (after, new) in enumerate(
-            zip(seq_lens.tolist(), query_lens.tolist(), strict=True)
-        ):
-            before = max(after - max(new, 0), 0)
-            rows.append((row, min(before, capacity), min(after, capacity)))
-
-        def address(row: int, tile: int) -> int | None:
-            page = table[row][tile // tiles_per_page]
-            if not 0 <= page < num_pages or page == self.null_page:
-                return None
-            return int(page * tiles_per_page + tile % tiles_per_page)
-
-        def mark(row: int, tile: int, value: int) -> None:
-            where = address(row, tile)
-            if where is not None and map_[where] >= 0:
-                state[map_[where]] = value
-
-        def free(slot: int) -> None:
-            if map_[owner[slot]] == slot:
-                map_[owner[slot]] = -1
-            owner[slot], state[slot] = -1, 0
-
-        # rule 2
-        for row, before, after in rows:
-            for tile in range(-(-before // TILE), -(-after // TILE)):
-                where = address(row, tile)
-                if where is not None and map_[where] >= 0:
-                    free(map_[where])
-        # rule 1: (rank among kinds, request, tile, is a sink) of tiles that are wanted in 16 bits;
-        # live are those within the request's share
-        live: list[tuple[int, int, int, bool]] = []
-        seen: list[tuple[int, int, int]] = []
-        for row, before, after in rows:
-            if after <= 0:
-                continue
-            first = 1 if self.sinks else 0
-            if self.sinks:
-                live.append((0, row, 0, True))
-            oldest = max(after - self.window, 0) // TILE
-            newest = (after - 1) // TILE
-            if self.window:
-                late = range(newest, max(first, oldest) - 1, -1)
-                live += [(1 + rank, row, tile, False) for rank, tile in enumerate(late)]
-                early = max(first, max(before + 1 - self.window, 0) // TILE)
-                end = -(-before // TILE)
-                seen += [
-                    (end - tile + window_tiles(self.window), row, tile)
-                    for tile in range(early, min(oldest, end))
-                ]
-        live.sort(key=lambda entry: entry[:2])
-        seen += [entry[:3] for entry in live if not entry[3]]
-        for rank, row, tile in seen:
-            if rank > share:
-                mark(row, tile, _BEYOND)
-        for rank, row, tile in seen:
-            if rank <= share:
-                mark(row, tile, _LIVE)
-        for _, row, tile, is_sink in live:
-            if is_sink:
-                mark(row, tile, _LIVE | _SINK)
-        # rule 3
-        for slot in range(self.num_slots):
-            if state[slot] == _BEYOND or (
-                state[slot] == _LEFT
-                and any(
-                    index[slot] * TILE < after and address(row, index[slot]) == owner[slot]
-                    for row, _, after in rows
-                )
-            ):
-                free(slot)
-            state[slot] &= ~_LEFT
-        # rule 4
-        counters = self._counters.tolist()
-        order = [(slot + counters[_HAND]) % self.num_slots for slot in range(self.num_slots)]
-        unused = [slot for slot in order if owner[slot] < 0]
-        held = [slot for slot in order if owner[slot] >= 0]
-        offered = unused + [slot for slot in held if state[slot] == 0]
-        offered += [slot for slot in held if state[slot] == _SINK]
-        given = wanted = tiles = compressed = 0
-        for rank, row, tile, is_sink in live:
-            where = address(row, tile)
-            if where is None:
-                continue
-            tiles += 1
-            if map_[where] < 0:
-                is_new = tile * TILE >= rows[row][1]
-                wanted += is_new
-                if not is_new or not (rank <= share or is_sink) or given == len(offered):
-                    compressed += 1
-                    continue
-                slot = offered[given]
-                given += 1
-                if owner[slot] >= 0:
-                    free(slot)
-                map_[where], owner[slot], index[slot] = slot, where, tile
-                state[slot] = _LIVE | _SINK if is_sink else _LIVE
-        counters[_STEPS] += 1
-        counters[_TILES] += tiles
-        counters[_COMPRESSED] += compressed
-        counters[_WANTED] += wanted
-        counters[_REFUSED] += wanted - given
-        counters[_EVICTED] += max(given - len(unused), 0)
-        counters[_IN_USE] = self.num_slots - max(len(unused) - given, 0)
-        if given:
-            counters[_HAND] = offered[given - 1] + 1
-        flat.copy_(torch.tensor(map_, dtype=torch.int32, device="cpu"))
-        self._slot_tile.copy_(torch.tensor(owner, dtype=torch.int32, device="cpu"))
-        self._slot_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
-        self._slot_state.copy_(torch.tensor(state, dtype=torch.int32, device="cpu"))
-        self._counters.copy_(torch.tensor(counters, dtype=torch.int64, device="cpu"))
 
 
 def _until_compiled(launch: Callable[[], None]) -> None:
