@@ -63,7 +63,9 @@ def test_features_agree_with_float64(shape: str) -> None:
     check(case, plain=False)
     check(replace(case, kept=0.3, centred=True, logits_soft_cap=30.0, sinks=True))
     check(replace(case, kept=1.0, page_size=64))
-    check(replace(case, lens=(3000, 0), page_size=64, num_kv_heads=1))
+    # long parts have code of their own for steps in which nothing is rare
+    check(replace(case, lens=(3000, 0), page_size=64, num_kv_heads=1, num_ctas=1))
+    check(replace(case, lens=(3000,), kept=0.01, num_kv_heads=1, num_ctas=1))
     check(replace(case, q_lens=(2, 2, 1, 0, 1), group_size=case.group_size // 2, window_left=200))
 
 
@@ -79,7 +81,8 @@ def test_maxima_that_rise_and_values_of_all_sizes(shape: str) -> None:
 @pytest.mark.parametrize("marked", [0.0, 0.001])
 def test_steps_without_uncentred_keys_and_with_few(marked: float) -> None:
     """Steps in which no row needs anything rare have code of their own, with offsets too."""
-    problem = Problem(Case(lens=(3000, 2048), num_kv_heads=1, centred=True, kept=0.01))
+    shape = {"lens": (3000, 2048), "num_kv_heads": 1, "num_ctas": 1}
+    problem = Problem(Case(**shape, centred=True, kept=0.01))
     marks = problem.scales()[..., 1]
     marks &= 0x7F
     marks |= (torch.rand(marks.shape) < marked).to(torch.uint8) << 7
@@ -92,7 +95,7 @@ def test_steps_without_uncentred_keys_and_with_few(marked: float) -> None:
 def test_scores_that_rise_and_fall_move_exponents() -> None:
     """Steps whose largest probabilities differ by powers of two, up and down, at random."""
     for seed in range(3):
-        problem = Problem(Case(lens=(2000, 900), num_kv_heads=1, seed=seed))
+        problem = Problem(Case(lens=(2000, 900), num_kv_heads=1, num_ctas=1, seed=seed))
         g = torch.Generator().manual_seed(seed)
         k = problem.scales()[..., :2].view(torch.half)
         k *= (6 * torch.rand(k.shape[0], 1, 1, 1, 1, generator=g) - 3).exp2().half()

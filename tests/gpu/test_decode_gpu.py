@@ -107,7 +107,8 @@ def test_maxima_that_rise_and_values_of_all_sizes(
 def test_scores_that_rise_and_fall_move_exponents(pair: tuple[int, int]) -> None:
     """Pages whose largest probabilities differ by powers of two, up and down, at random."""
     for seed in range(3):
-        problem = Problem(Case(k_bits=pair[0], v_bits=pair[1], lens=(4000, 900), seed=seed))
+        shape = {"k_bits": pair[0], "v_bits": pair[1], "lens": (4000, 900), "num_ctas": 2}
+        problem = Problem(Case(**shape, seed=seed))
         g = torch.Generator(device=DEVICE).manual_seed(seed)
         k = problem.scales()[..., :2].view(torch.half)
         factor = torch.rand(k.shape[0], 1, 1, 1, 1, device=DEVICE, generator=g)
@@ -121,9 +122,8 @@ def test_scores_that_rise_and_fall_move_exponents(pair: tuple[int, int]) -> None
 @pytest.mark.parametrize("pair", [(4, 4), (2, 2), (5, 3), (8, 4)])
 def test_steps_without_uncentred_keys_and_with_few(pair: tuple[int, int], marked: float) -> None:
     """Steps in which nothing is rare have code of their own, with offsets and copies too."""
-    problem = Problem(
-        Case(k_bits=pair[0], v_bits=pair[1], lens=(9000, 2048), centred=True, kept=0.01)
-    )
+    shape = {"k_bits": pair[0], "v_bits": pair[1], "lens": (9000, 2048), "num_ctas": 2}
+    problem = Problem(Case(**shape, centred=True, kept=0.01))
     marks = problem.scales()[..., 1]
     marks &= 0x7F
     marks |= (torch.rand(marks.shape, device=DEVICE) < marked).to(torch.uint8) << 7
