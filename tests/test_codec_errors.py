@@ -152,11 +152,6 @@ BAD: list[tuple[Callable[[TurboKVCodec], Any], type[Exception], str]] = [
         "bit_width: wanted an int from 2 to 8, got 4.0",
     ),
     (
-        lambda c: TurboKVCodec(128, dtype=torch.float64),
-        TypeError,
-        "dtype: wanted float32, float16 or bfloat16, got torch.float64",
-    ),
-    (
         lambda c: TurboKVCodec(128, 4.0),
         TypeError,
         "k_bits: wanted an int from 2 to 8, got 4.0",

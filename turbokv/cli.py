@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +18,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from turbokv.files import check_writable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from turbokv.calibration import Calibration
     from turbokv.integrations.transformers.models import LoadedModel
 
@@ -171,6 +173,28 @@ def _names(text: str, default: tuple[str, ...]) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _measured(
+    loaded: LoadedModel,
+    wanted: set[str],
+    given: Calibration | None,
+    held_out: Tensor,
+    bos: int | None,
+) -> dict[str, Calibration]:
+    """Return the calibrations that presets want, by name: given, or measured now."""
+    from turbokv.integrations.transformers.calibrate import calibrate as measure
+    from turbokv.integrations.transformers.calibration_choice import auto_calibration
+
+    found: dict[str, Calibration] = {}
+    if given is not None:
+        found["centred"] = given
+    elif "centred" in wanted:
+        ids = held_out.to(loaded.device)
+        found["centred"] = measure(loaded.model, ids, tokens=4096, bos=bos, name=loaded.name)
+    if "random" in wanted:  # what engines take when they are given nothing
+        found["random"] = auto_calibration(loaded.model)
+    return found
+
+
 @app.command("eval")
 def evaluate(
     model: ModelOption = None,
@@ -215,8 +239,6 @@ def evaluate(
     _check_compute(dtype, device, threads)
     from turbokv.integrations.transformers import evaluate as ev
     from turbokv.integrations.transformers import report
-    from turbokv.integrations.transformers.calibrate import calibrate as measure
-    from turbokv.integrations.transformers.calibration_choice import auto_calibration
     from turbokv.integrations.transformers.models import fingerprint
 
     ours = list(ev.SHORT_PRESETS) if presets == "short" else _names(presets, ev.PRESETS)
@@ -240,24 +262,10 @@ def evaluate(
         given.check_model(fingerprint(loaded.model, loaded.name))
     reserve = 4096 if "centred" in wanted and given is None and other_text is None else 0
     sample = ev.sample_text(loaded.tokenizer, own_text, tokens, passages, reserve)
-    held_out = sample.held_out
-    calibrations: dict[str, Any] = {}
+    held_out = sample.held_out if other_text is None else ev.encode(loaded.tokenizer, other_text)
     with _progress() as progress:
         task = progress.add_task("calibrating")
-        if given is not None:
-            calibrations["centred"] = given
-        elif "centred" in wanted:
-            if other_text is not None:
-                held_out = ev.encode(loaded.tokenizer, other_text)
-            calibrations["centred"] = measure(
-                loaded.model,
-                held_out.to(loaded.device),
-                tokens=4096,
-                bos=sample.bos,
-                name=loaded.name,
-            )
-        if "random" in wanted:  # what engines take when they are given nothing
-            calibrations["random"] = auto_calibration(loaded.model)
+        calibrations = _measured(loaded, wanted, given, held_out, sample.bos)
         rows = ev.score_table(
             loaded.model,
             sample.ids.to(loaded.device),

@@ -35,9 +35,6 @@ class TurboKVCodec:
         Where tensors are. Calls on another device raise.
     norm_dtype
         dtype of the stored scale: float16 (default), bfloat16 or float32.
-    dtype
-        dtype of decompressed vectors: float32, float16 or bfloat16. None (default) is that of the
-        vectors that this codec last compressed, K and V apart, and float32 before there were any.
     k_scale_rule, v_scale_rule
         ``plain``, ``norm_corrected``, ``least_squares`` or ``unbiased``
         (:func:`core.stored_scale`).
@@ -73,7 +70,6 @@ class TurboKVCodec:
         seed: int = DEFAULT_SEED,
         device: torch.device | str = "cpu",
         norm_dtype: torch.dtype = torch.float16,
-        dtype: torch.dtype | None = None,
         k_scale_rule: ScaleRule = DEFAULT_K_RULE,
         v_scale_rule: ScaleRule = DEFAULT_V_RULE,
         k_codebook: Codebook | None = None,
@@ -87,9 +83,8 @@ class TurboKVCodec:
         self.device = usable_device(device)
         self.backend = kernels.check_backend(backend)
         kernels.resolve_backend(self.backend, self.device)
-        self.dtype = dtype if dtype is None else _check_result_dtype(dtype)
         # what decompression gives unless told otherwise
-        self._dtypes: dict[Role, torch.dtype] = dict.fromkeys(("k", "v"), dtype or torch.float32)
+        self._dtypes: dict[Role, torch.dtype] = {"k": torch.float32, "v": torch.float32}
         self._formats: dict[Role, VectorFormat] = {}
         choices: tuple[tuple[Role, int, ScaleRule, Codebook | None], ...] = (
             ("k", self.k_bits, k_scale_rule, k_codebook),
@@ -193,8 +188,7 @@ class TurboKVCodec:
         fmt = self._formats[role]
         core.check_vectors(x, self.head_dim, role)
         self._check_device(x, role)
-        if self.dtype is None:
-            self._dtypes[role] = x.dtype
+        self._dtypes[role] = x.dtype
         lead = x.shape[:-1]
         packed = self._output(out_packed, "out_packed", (*lead, fmt.packed_dim), torch.uint8)
         norms = self._output(out_norms, "out_norms", lead, fmt.norm_dtype)
@@ -239,7 +233,8 @@ class TurboKVCodec:
             The offset given to :meth:`compress_k`, broadcastable to the result; added back except
             to marked vectors.
         dtype
-            float32, float16 or bfloat16, of a new result; None is the codec's ``dtype``. ``out``
+            float32, float16 or bfloat16, of a new result. None is that of the keys that this codec
+            last compressed (values have their own), and float32 before there were any. ``out``
             carries its own.
         out
             Contiguous output ``[..., head_dim]``.

@@ -24,12 +24,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from turbokv._codebooks import CODEBOOKS
+# exported again: who works with formats works with these
+from turbokv.codebook import MAX_BITS as MAX_BITS
+from turbokv.codebook import MIN_BITS as MIN_BITS
+from turbokv.codebook import Codebook as Codebook
+from turbokv.codebook import check_bits as check_bits
 
 Role = Literal["k", "v"]
 ScaleRule = Literal["plain", "norm_corrected", "least_squares", "unbiased"]
 
-MIN_BITS, MAX_BITS = 2, 8
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
 # K and V draw their signs from different seeds, so that an error correlated between a token's key
 # and value cannot line up.
@@ -45,15 +48,6 @@ _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORM_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CPU_BLOCK_ELEMENTS = 1 << 19  # 2 MiB of fp32: measured best with two threads
 _DEVICE_BLOCK_ELEMENTS = 1 << 27
-
-
-def check_bits(bits: int, name: str = "bits") -> int:
-    """Return ``bits`` if it is a supported width (2 to 8), else raise naming the argument."""
-    if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"{name}: wanted an int from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"{name}: wanted {MIN_BITS} to {MAX_BITS}, got {bits}")
-    return bits
 
 
 def padded_dim(head_dim: int) -> int:
@@ -146,78 +140,6 @@ def exact_sqrt(x: Tensor) -> Tensor:
     rounding twice could matter, even if the fp64 root is off by an ulp too.
     """
     return x.to(torch.float64).sqrt_().to(torch.float32)
-
-
-# --- codebooks ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Codebook:
-    """A symmetric codebook: positive magnitudes in lattice units.
-
-    Attributes
-    ----------
-    bits
-        Width of a code.
-    magnitudes
-        Ascending. Integers up to 127 (an int8 lattice), or floats at 6 and 7 bits. A first
-        magnitude of zero makes the codebook mid-tread (8 bits).
-    step
-        Level of magnitude 1 for a coordinate of unit variance.
-    frac_bits
-        ``magnitude * 2**-frac_bits`` is what a stored scale multiplies.
-    """
-
-    bits: int
-    magnitudes: tuple[float, ...]
-    step: float
-    frac_bits: int
-
-    def __post_init__(self) -> None:
-        """Refuse magnitudes that no kernel could read."""
-        check_bits(self.bits)
-        want = 1 << (self.bits - 1)
-        if len(self.magnitudes) != want:
-            raise ValueError(f"magnitudes: wanted {want} values, got {len(self.magnitudes)}")
-        if any(b <= a for a, b in zip(self.magnitudes, self.magnitudes[1:], strict=False)):
-            raise ValueError(f"magnitudes: wanted strictly ascending, got {self.magnitudes}")
-        if self.magnitudes[0] < 0 or self.magnitudes[-1] > 127:
-            raise ValueError(f"magnitudes: wanted 0 to 127, got {self.magnitudes}")
-        if not (math.isfinite(self.step) and self.step > 0):
-            raise ValueError(f"step: wanted a positive number, got {self.step}")
-
-    @classmethod
-    def gaussian(cls, bits: int) -> Codebook:
-        """Return the data-free codebook of this width (``scripts/gen_codebooks.py``)."""
-        book = CODEBOOKS[check_bits(bits)]
-        return cls(book.bits, book.magnitudes, book.step, book.frac_bits)
-
-    @property
-    def is_lattice(self) -> bool:
-        """Whether all magnitudes are integers, so that boundaries are exact half-integers."""
-        return all(float(m).is_integer() for m in self.magnitudes)
-
-    @property
-    def is_mid_tread(self) -> bool:
-        """Whether zero is a level (its two codes would coincide; one is never written)."""
-        return self.magnitudes[0] == 0
-
-    @cached_property
-    def boundaries(self) -> Tensor:
-        """Midpoints between magnitudes, fp32 ``[2**(bits-1) - 1]``, in lattice units."""
-        m = torch.tensor(self.magnitudes, dtype=torch.float64, device="cpu")
-        return (0.5 * (m[1:] + m[:-1])).float()
-
-    @cached_property
-    def levels(self) -> Tensor:
-        """Value of every code in lattice units, fp32 ``[2**bits]``, ascending.
-
-        Mid-tread codebooks never write code 0; it reads as ``-magnitudes[-1]``.
-        """
-        m = torch.tensor(self.magnitudes, dtype=torch.float32, device="cpu")
-        if self.is_mid_tread:
-            return torch.cat([-m[-1:], -m.flip(0)[:-1], m])
-        return torch.cat([-m.flip(0), m])
 
 
 # --- quantisation ---------------------------------------------------------------------------------
