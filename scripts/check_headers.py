@@ -24,8 +24,6 @@ DEVICE_ONLY = (
     "expand.cuh",
     "launch.cuh",
     "ptx.cuh",
-    "store_tile.cuh",
-    "store_vector.cuh",
     "tile_rows.cuh",
 )
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")

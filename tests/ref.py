@@ -31,7 +31,7 @@ BOOKS = {
     5: Book((2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 69, 80, 97), 0.0336402694, 5),
     8: Book(tuple(range(128)), 0.0308700902, 5),
 }
-BASE_BITS = {2: 2, 3: 2, 4: 4, 5: 4, 8: 8}
+BASE_BITS = {2: 2, 4: 4, 5: 4, 8: 8}
 
 
 def splitmix64(x: int) -> int:
@@ -117,60 +117,6 @@ def pack(codes: Array, bits: int) -> bytes:
     return string.to_bytes(len(codes) * bits // 8, "little")
 
 
-def planes(codes: Array, role: str, bits: int) -> tuple[bytes, bytes]:
-    """Base and high plane of one token, section 6; the high plane may have no bytes."""
-    bases, highs = [], []
-    for code in map(int, codes):
-        if bits == 3:
-            bases.append(code % 4)
-            highs.append(code // 4)
-        elif bits == 4:
-            bases.append(code // 2 + code % 2 * 8)
-        elif bits == 5:
-            bases.append(code - 16 if code >= 16 else 15 - code)
-            highs.append(code // 16)
-        else:
-            bases.append(code)
-    high = bytearray(len(highs) // 8)
-    for j, bit in enumerate(highs):
-        if bits == 3:
-            byte, place = j // 8, j // 2 % 2 * 4 + j // 4 % 2 * 2 + j % 2
-        elif role == "k":
-            byte, place = j // 16 * 2 + j % 2, j // 4 % 4 * 2 + j // 2 % 2
-        else:
-            byte, place = j // 8, j % 8
-        high[byte] |= bit << place
-    return pack(np.array(bases), BASE_BITS[bits]), bytes(high)
-
-
-def write_token(
-    tile: bytearray,
-    token: int,
-    k_planes: tuple[bytes, bytes],
-    v_planes: tuple[bytes, bytes],
-    v_bits: int,
-    scales: tuple[bytes, bytes],
-) -> None:
-    """Write a token, 0 to 15, where section 6 puts it in a tile."""
-    start = 0
-    for plane in k_planes:
-        n = len(plane)
-        for i, byte in enumerate(plane):
-            place = i ^ 64 if n >= 128 and token % 2 else i
-            tile[start + token * n + place] = byte
-        start += 16 * n
-    base_run = min(4, len(v_planes[0]) // 8)
-    order = token // 8 + token % 2 * 2 if v_bits == 2 else token // 8 * 2 + token % 2
-    for plane, s in zip(v_planes, (base_run, base_run // BASE_BITS[v_bits]), strict=True):
-        for i, byte in enumerate(plane):
-            place = i // s * (16 * s) + token // 2 % 4 * (4 * s) + i % s * 4 + order
-            tile[start + place] = byte
-        start += 16 * len(plane)
-    for part, scale in enumerate(scales):
-        first = start + 4 * token + 2 * part
-        tile[first : first + 2] = scale
-
-
 def page_codes(bits: int) -> Array:
     """Return the page code of every code, section 6: its base, and its high bit above that."""
     codes = np.arange(1 << bits)
@@ -187,6 +133,8 @@ def bit_places(dim: int, role: str, bits: int) -> Array:
     Bits are counted from the start of the role's parts: bit ``n`` is bit ``n % 8`` of byte
     ``n // 8``.
     """
+    if bits == 3:
+        return three_bit_places(dim, role)
     width = BASE_BITS[bits]
     token, j = np.arange(16)[:, None], np.arange(dim)[None, :]
     places = np.empty((16, dim, bits), np.int64)
@@ -206,12 +154,62 @@ def bit_places(dim: int, role: str, bits: int) -> Array:
         places[..., bit] = base + bit
     if bits > width:
         byte, place = j // 8, j % 8
-        if bits == 3:
-            place = j // 2 % 2 * 4 + j // 4 % 2 * 2 + j % 2
-        elif role == "k":
+        if role == "k":
             byte, place = j // 16 * 2 + j % 2, j // 4 % 4 * 2 + j // 2 % 2
         places[..., width] = (16 * size + byte_place(byte, dim // 8, run // width)) * 8 + place
     return places
+
+
+def three_bit_places(dim: int, role: str) -> Array:
+    """Return the same for 3 bits, one code after the other as section 6 words it."""
+    places = np.empty((16, dim, 3), np.int64)
+    words = 3 * dim // 64
+    for token in range(16):
+        for j in range(dim):
+            if role == "k":
+                lane = token % 8 * 4 + j // (dim // 4)
+                unit, place = j % (dim // 4) // 16, j % 16
+                k, n = place // 4, token // 8 * 4 + place % 4
+            else:
+                lane = j // 8 % 8 * 4 + token // 2 % 4
+                unit, place = j // 64, j % 8
+                k, n = place // 2, place % 2 * 4 + token // 8 * 2 + token % 2
+            for bit in range(3):
+                word, at = (unit * 3 + k, 4 * n + bit) if k < 3 else (unit * 3 + bit, 4 * n + 3)
+                places[token, j, bit] = 32 * word_place(word, lane, words) + at
+    return places
+
+
+def word_place(word: int, lane: int, words: int) -> int:
+    """Return where a word of a lane is among those of all lanes: by fours, twos, ones."""
+    first, left = 0, words
+    while True:
+        size = 4 if left >= 4 else 2 if left >= 2 else 1
+        if word < first + size:
+            return 32 * first + lane * size + word - first
+        first, left = first + size, left - size
+
+
+_PLACES: dict[tuple[int, str, int], Array] = {}
+
+
+def write_token(
+    tile: bytearray, token: int, codes: tuple[Array, Array], bits: tuple[int, int], scales: bytes
+) -> None:
+    """Write a token, 0 to 15, where section 6 puts it in a tile: K's and V's codes and scales."""
+    start, dim = 0, len(codes[0])
+    for role, own, width in zip("kv", codes, bits, strict=True):
+        if (dim, role, width) not in _PLACES:
+            _PLACES[dim, role, width] = bit_places(dim, role, width)
+        for code, places in zip(
+            page_codes(width)[own], _PLACES[dim, role, width][token], strict=True
+        ):
+            for bit, place in enumerate(map(int, places)):
+                value = 1 << place % 8
+                at = start + place // 8
+                tile[at] = tile[at] | value if code >> bit & 1 else tile[at] & ~value
+        start += 2 * dim * width
+    tile[start + 4 * token : start + 4 * token + 4] = scales
 
 
 def read(codes: Array, scale: Array, book: Book) -> Array:

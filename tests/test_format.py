@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tests import ref
-from turbokv import Codebook, TurboKVCodec, core, paged
+from turbokv import Codebook, TurboKVCodec, core, page_layout, paged
 from turbokv._codebooks import CODEBOOKS
 from turbokv.paged import PagedKVCache, PageLayout
 
@@ -232,10 +232,8 @@ def test_second_implementation_gives_the_golden_pages(case: tuple[int, int, int,
         v_scale = ref.round_scale(v_scale)
         tiles = [bytearray(b"\xa5" * size) for _ in range(page_size // 16)]
         for i in range(count):
-            k_planes = ref.planes(k_codes[i], "k", k_bits)
-            v_planes = ref.planes(v_codes[i], "v", v_bits)
-            scales = k_scale[i].tobytes(), v_scale[i].tobytes()
-            ref.write_token(tiles[i // 16], i % 16, k_planes, v_planes, v_bits, scales)
+            codes, scales = (k_codes[i], v_codes[i]), k_scale[i].tobytes() + v_scale[i].tobytes()
+            ref.write_token(tiles[i // 16], i % 16, codes, (k_bits, v_bits), scales)
         assert got == [tile.hex() for tile in tiles]
 
 
@@ -243,12 +241,12 @@ def test_second_implementation_gives_the_golden_pages(case: tuple[int, int, int,
 def test_second_implementation_gives_the_same_pages(head_dim: int) -> None:
     """All pairs of widths, from random codes in the second of two tiles; and back again."""
     generator, dim = torch.Generator().manual_seed(head_dim), core.padded_dim(head_dim)
-    flat, planes = {}, {}
+    flat, rows = {}, {}
     for role in get_args(core.Role):
         for bits in paged.PAGE_BITS:
             codes = torch.randint(1 << bits, (dim, 16), generator=generator, dtype=torch.uint8)
             flat[role, bits] = core.pack_rows(codes, bits).t()[:, None]
-            planes[role, bits] = [ref.planes(row, role, bits) for row in codes.t().numpy()]
+            rows[role, bits] = codes.t().numpy()
     scales = torch.randn(2, 16, 1, generator=generator, dtype=torch.float32).to(torch.float16)
     for k_bits, v_bits in itertools.product(paged.PAGE_BITS, repeat=2):
         layout = PageLayout(head_dim, k_bits, v_bits, 32, 1)
@@ -260,9 +258,9 @@ def test_second_implementation_gives_the_same_pages(head_dim: int) -> None:
             assert torch.equal(got[0], packed) and torch.equal(got[1], norms)
         tile = bytearray(layout.tile_bytes)
         for i in range(16):
-            k_planes, v_planes = planes["k", k_bits][i], planes["v", v_bits][i]
-            pair = tuple(scale.numpy().tobytes() for scale in scales[:, i])
-            ref.write_token(tile, i, k_planes, v_planes, v_bits, pair)
+            codes = rows["k", k_bits][i], rows["v", v_bits][i]
+            pair = scales[:, i].numpy().tobytes()
+            ref.write_token(tile, i, codes, (k_bits, v_bits), pair)
         assert pages.numpy().tobytes() == b"\xa5" * layout.tile_bytes + tile, (k_bits, v_bits)
 
 
@@ -275,10 +273,10 @@ def test_format_text_names_version_and_constants() -> None:
         widths = ((4, 4), (5, 3), (3, 3), (2, 2), (8, 4))
         sizes = [PageLayout(head_dim, k, v, 16, 1).bytes_per_token for k, v in widths]
         assert f"| head_dim {head_dim} | {' | '.join(map(str, sizes))} |" in FORMAT_TEXT
-    parts: tuple[paged.Part, ...] = ("k_base", "k_high", "v_base", "v_high", "k_scale")
+    parts: tuple[page_layout.Part, ...] = ("k_base", "k_high", "v_base", "k_scale")
     layout, first = PageLayout(128, 5, 3, 16, 1), torch.tensor([0])
     starts = tuple(int(layout.byte_offsets(part, first)[0, 0]) for part in parts)
-    example = "K base starts at byte {} of the tile, K high at {}, V base at {}, V high at {} and "
+    example = "K base starts at byte {} of the tile, K high at {}, V base at {} and "
     assert f"{example}the scales at {{}}.".format(*starts) in FORMAT_TEXT.replace("\n", " ")
 
 

@@ -16,15 +16,8 @@ from torch import Tensor
 from tests import ref
 from turbokv import TurboKVCodec, core
 from turbokv.centring import SEGMENT
-from turbokv.paged import (
-    PAGE_BITS,
-    PagedKVCache,
-    PageLayout,
-    Part,
-    base_bits,
-    flat_to_planes,
-    planes_to_flat,
-)
+from turbokv.page_layout import PAGE_BITS, Part, base_bits, flat_to_planes, planes_to_flat
+from turbokv.paged import PagedKVCache, PageLayout
 
 PARTS: tuple[Part, ...] = get_args(Part)
 bounded = settings(max_examples=20, deadline=None)
@@ -95,27 +88,34 @@ def test_sizes(head_dim: int, k_bits: int, v_bits: int, tile: int) -> None:
 @pytest.mark.parametrize("v_bits", PAGE_BITS)
 @pytest.mark.parametrize("head_dim", [33, 96, 256, 512])
 def test_parts_tile_the_page_exactly(head_dim: int, k_bits: int, v_bits: int) -> None:
-    """Every byte belongs to one token and one part, and every part of a tile is 16-byte aligned."""
+    """Every byte belongs to one token (of V at 3 bits, a half each to two), parts are aligned."""
     layout = PageLayout(head_dim, k_bits, v_bits, 32, 1)
     offsets = {part: layout.byte_offsets(part, torch.arange(32)) for part in PARTS}
-    every = torch.cat([table.flatten() for table in offsets.values()])
+    whole = [table for part, table in offsets.items() if v_bits != 3 or part != "v_base"]
+    every = torch.cat([table.flatten() for table in whole])
+    if v_bits == 3:
+        even, odd = (offsets["v_base"][i::2].flatten().sort().values for i in (0, 1))
+        assert torch.equal(even, odd)
+        every = torch.cat([every, even])
     assert torch.equal(every.sort().values, torch.arange(layout.page_head_bytes))
     assert layout.tile_bytes % 16 == 0
     start = 0
     for part in ("k_base", "k_high", "v_base", "v_high"):
         table = offsets[part]
-        assert table.shape == (32, layout.part_bytes(part))
+        entries = 2 if v_bits == 3 and part == "v_base" else 1
+        assert table.shape == (32, layout.part_bytes(part) * entries)
         if table.numel():  # one run of bytes in each tile, in this order
             tiles = table.view(2, -1)
             firsts = torch.tensor([start, start + layout.tile_bytes])
             assert torch.equal(tiles.min(1).values, firsts) and start % 16 == 0
-            start += tiles.shape[1]
-            assert torch.equal(tiles.max(1).values, firsts + tiles.shape[1] - 1)
+            size = 16 * layout.part_bytes(part)
+            start += size
+            assert torch.equal(tiles.max(1).values, firsts + size - 1)
     assert torch.equal(offsets["k_scale"][:16, 0], start + 4 * torch.arange(16))
     assert torch.equal(offsets["v_scale"], offsets["k_scale"] + 2)
 
 
-@pytest.mark.parametrize("bits", PAGE_BITS)
+@pytest.mark.parametrize("bits", [bits for bits in PAGE_BITS if bits != 3])
 @pytest.mark.parametrize("head_dim", [64, 128, 512])
 def test_four_tokens_of_v_share_aligned_words(head_dim: int, bits: int) -> None:
     """And a row of K is one run of bytes, aligned to the largest power of two it can be."""
@@ -149,19 +149,51 @@ def test_planes_return_to_the_flat_form(role: core.Role, bits: int) -> None:
 def test_planes_hold_signs_and_magnitudes() -> None:
     """What kernels rely on: where the sign is, and that four bits permute by bytes."""
     eight = torch.arange(32, dtype=torch.uint8)[:, None].expand(32, 64)  # one code throughout
-    negative = {
-        bits: torch.tensor([code < 1 << bits - 1 for code in range(1 << bits)]) for bits in (3, 5)
-    }
-    for bits, sign in negative.items():
-        codes = eight[: 1 << bits].t().contiguous()
-        for role in get_args(core.Role):
-            _, high = flat_to_planes(core.pack_rows(codes, bits).t(), role, bits)
-            assert torch.equal(high == 0, sign[:, None].expand(high.shape))
+    negative = torch.arange(32) < 16
+    for role in get_args(core.Role):
+        _, high = flat_to_planes(core.pack_rows(eight.t().contiguous(), 5).t(), role, 5)
+        assert torch.equal(high == 0, negative[:, None].expand(high.shape))
     base, _ = flat_to_planes(core.pack_rows(eight.t().contiguous(), 5).t(), "k", 5)
     assert torch.equal(base[:16].flip(0), base[16:])  # opposite codes have the same index
     assert torch.equal(base[16:, 0], 17 * torch.arange(16, dtype=torch.uint8))
     base, _ = flat_to_planes(core.pack_rows(eight[:16].t().contiguous(), 4).t(), "k", 4)
     assert torch.equal(base[:, 0] >> 2 & 1, torch.arange(16, dtype=torch.uint8) >> 3)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_three_bits_come_to_lanes_as_selectors(head_dim: int) -> None:
+    """What decode does: three words hold 32 codes, whose selectors are four masked words."""
+    layout, units = PageLayout(head_dim, 3, 3, 16, 1), head_dim // 64
+    codes = torch.randint(8, (2, head_dim, 16), dtype=torch.uint8)
+    pages = torch.zeros(layout.shape(1), dtype=torch.uint8)
+    for role, own in zip(get_args(core.Role), codes, strict=True):
+        packed = core.pack_rows(own, 3).t()[:, None]
+        layout.scatter(pages, torch.arange(16), role, packed, torch.ones(16, 1).half())
+    for key, own in zip((True, False), codes, strict=True):
+        start = 0 if key else 6 * head_dim
+        words = pages[0, 0, start : start + 6 * head_dim].view(torch.int32)
+        chunks, first = [], 0
+        while first < 3 * units:
+            left = 3 * units - first
+            size = 4 if left >= 4 else 2 if left >= 2 else 1
+            chunks.append(words[32 * first : 32 * (first + size)].view(32, size))
+            first += size
+        for lane, row in enumerate(torch.cat(chunks, 1).tolist()):
+            g, t = lane // 4, lane % 4
+            for unit in range(units):
+                w = [word & 0xFFFFFFFF for word in row[3 * unit : 3 * unit + 3]]
+                masks = (0x11111111, 0x22222222, 0x44444444)
+                last = sum(
+                    (x >> 3 - i) & mask for i, (x, mask) in enumerate(zip(w, masks, strict=True))
+                )
+                for k, selector in enumerate([*(x & 0x77777777 for x in w), last]):
+                    for n in range(8):
+                        if key:
+                            place = t * head_dim // 4 + 16 * unit + 4 * k + n % 4, g + 8 * (n // 4)
+                        else:
+                            token = 2 * t + n % 2 + 8 * (n // 2 % 2)
+                            place = (8 * unit + g) * 8 + 2 * k + n // 4, token
+                        assert selector >> 4 * n & 15 == own[place]
 
 
 class ReversedLayout(PageLayout):
@@ -249,14 +281,20 @@ def test_every_token_may_change_alone(bits: int, head_dim: int) -> None:
     pages = torch.randint(256, layout.shape(1), dtype=torch.uint8, generator=generator)
     vectors = layout.part_bytes("k_base") + layout.part_bytes("k_high")
     for token in tokens[torch.randperm(16, generator=generator)].split(1):
-        before = pages.clone()
+        before, rest = pages.clone(), tokens[tokens != token]
         packed = torch.randint(256, (1, 1, vectors), dtype=torch.uint8, generator=generator)
         for role in get_args(core.Role):
             layout.scatter(pages, token, role, packed, torch.ones(1, 1, dtype=torch.float32).half())
             assert torch.equal(layout.gather(pages, token, role)[0], packed)
         own = torch.cat([layout.byte_offsets(part, token).flatten() for part in PARTS])
         changed = (pages != before)[0, 0].nonzero().flatten()
-        assert torch.isin(changed, own).all() and len(changed) > len(own) // 2
+        assert torch.isin(changed, own).all() and len(changed) > len(own) // 3
+        for role in get_args(core.Role):
+            for got, want in zip(
+                *(layout.gather(x, rest, role) for x in (pages, before)), strict=True
+            ):
+                # scales are random bytes, NaN among them
+                assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paged compressed cache: where every byte of a page lies, append, gather and attention.
+"""The paged compressed cache: append, gather and attention.
 
-:class:`PageLayout` alone decides the bytes (``FORMAT.md``, section 6); all else goes through its
-``scatter`` and ``gather``. :class:`PagedKVCache` is the plain reference that kernels are tested
-against: clear, and in float64 where it matters, but not fast.
+:class:`PagedKVCache` is the plain reference that kernels are tested against: clear, and in float64
+where it matters, but not fast. ``page_layout.py`` says where the bytes lie.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,242 +16,23 @@ from torch import Tensor
 from turbokv import core
 from turbokv.centring import SEGMENT
 from turbokv.codec import TurboKVCodec
+from turbokv.page_layout import FORMAT_VERSION as FORMAT_VERSION
+from turbokv.page_layout import MIN_PADDED_DIM as MIN_PADDED_DIM
+from turbokv.page_layout import PAGE_BITS as PAGE_BITS
+from turbokv.page_layout import SCALE_BYTES as SCALE_BYTES
+from turbokv.page_layout import TILE as TILE
+from turbokv.page_layout import PageLayout as PageLayout
+from turbokv.page_layout import check_count
 
-FORMAT_VERSION = 2
-TILE = 16  # tokens; every part of a tile is then a multiple of 16 bytes, at any width
-PAGE_BITS = (2, 3, 4, 5, 8)  # the int8 lattices, which kernels can expand
-MIN_PADDED_DIM = 64  # at 32 the high plane of V has too few bytes for its order
-SCALE_BYTES = 2
-_SWIZZLED_BYTES = 128  # rows of K as long as this swap their halves in odd tokens
-Part = Literal["k_base", "k_high", "v_base", "v_high", "k_scale", "v_scale"]
 Stored = tuple[Tensor, Tensor, Tensor, Tensor]
-_PARTS: dict[core.Role, tuple[Part, Part, Part]] = {
-    "k": ("k_base", "k_high", "k_scale"),
-    "v": ("v_base", "v_high", "v_scale"),
-}
 Dtypes = tuple[torch.dtype, ...]
 _INTS = (torch.int32, torch.int64)
-
-
-def _check_count(value: int, name: str, multiple: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: wanted an int, got {value!r}")
-    if value < 1 or value % multiple:
-        raise ValueError(f"{name}: wanted a positive multiple of {multiple}, got {value}")
 
 
 def _check_values(x: Tensor, name: str, low: int, high: int) -> None:
     least, most = (int(x.min()), int(x.max())) if x.numel() else (low, high)
     if least < low or most > high:
         raise ValueError(f"{name}: wanted values from {low} to {high}, got {least} to {most}")
-
-
-def base_bits(bits: int) -> int:
-    """Return the bits of a code in the base plane; any other bit lies in the high plane."""
-    return {2: 2, 3: 2, 4: 4, 5: 4, 8: 8}[bits]
-
-
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """Bytes ``[..., n]`` to codes ``[8 * n / bits, vectors]``."""
-    rows = packed.reshape(-1, packed.shape[-1]).t().contiguous()
-    return core.unpack_rows(rows, 8 * packed.shape[-1] // bits, bits)
-
-
-def _pack(codes: Tensor, bits: int, like: Tensor) -> Tensor:
-    """Codes ``[dim, vectors]`` to bytes ``[..., dim * bits / 8]``, leading dimensions of ``like``.
-
-    No -1 among the dimensions: there may be no vectors.
-    """
-    return core.pack_rows(codes, bits).t().reshape(*like.shape[:-1], codes.shape[0] * bits // 8)
-
-
-def _high_order(role: core.Role, bits: int, dim: int, device: torch.device) -> Tensor:
-    """Return which coordinate each bit of a token's high plane belongs to, int64 ``[dim]``."""
-    j = torch.arange(dim, dtype=torch.int64, device=device)
-    if bits == 3:  # (u, i, v, f) to (u, v, i, f)
-        return j.view(-1, 2, 2, 2).transpose(1, 2).flatten()
-    if role == "k":  # (U, r, upper and lower bit of c) to (U, lower, r, upper)
-        return j.view(-1, 4, 2, 2).permute(0, 3, 1, 2).flatten()
-    return j
-
-
-def flat_to_planes(packed: Tensor, role: core.Role, bits: int) -> tuple[Tensor, Tensor]:
-    """Turn codes of the flat form into a token's planes, bytes counted by FORMAT.md's ``B``.
-
-    Parameters
-    ----------
-    packed
-        uint8 ``[..., padded_dim * bits / 8]``.
-    role, bits
-        Which vector it is, and the width of its codes: 2, 3, 4, 5 or 8.
-
-    Returns
-    -------
-    tuple of Tensor
-        Base and high plane, uint8, ``padded_dim * base_bits(bits) / 8`` and ``padded_dim / 8``
-        bytes a vector; with 2, 4 or 8 bits the high plane has none.
-    """
-    if bits in (2, 8):
-        return packed, packed[..., :0]
-    codes = _unpack(packed, bits)
-    if bits == 4:
-        return _pack((codes >> 1) | ((codes & 1) << 3), 4, packed), packed[..., :0]
-    high = codes >> base_bits(bits)
-    # five bits: the magnitude's index, which counts up from code 16 and down from code 15
-    base = codes & 3 if bits == 3 else torch.where(high != 0, codes, ~codes) & 15
-    order = _high_order(role, bits, codes.shape[0], packed.device)
-    return _pack(base, base_bits(bits), packed), _pack(high[order], 1, packed)
-
-
-def planes_to_flat(base: Tensor, high: Tensor, role: core.Role, bits: int) -> Tensor:
-    """Undo :func:`flat_to_planes`: uint8 ``[..., padded_dim * bits / 8]``."""
-    if bits in (2, 8):
-        return base
-    codes = _unpack(base, base_bits(bits))
-    if bits == 4:
-        return _pack(((codes & 7) << 1) | (codes >> 3), 4, base)
-    top = torch.empty_like(codes)
-    top[_high_order(role, bits, codes.shape[0], base.device)] = _unpack(high, 1)
-    codes = codes | (top << 2) if bits == 3 else torch.where(top != 0, codes + 16, 15 - codes)
-    return _pack(codes, bits, base)
-
-
-@dataclass(frozen=True)
-class PageLayout:
-    """Shapes of a page and the place of every byte in it.
-
-    Attributes
-    ----------
-    head_dim, k_bits, v_bits
-        Elements per vector, 33 to 512, and widths: 2, 3, 4, 5 or 8.
-    page_size, num_kv_heads
-        Tokens per page, a multiple of 16, and KV heads.
-    """
-
-    head_dim: int
-    k_bits: int
-    v_bits: int
-    page_size: int
-    num_kv_heads: int
-
-    def __post_init__(self) -> None:
-        """Refuse what has no page."""
-        if core.padded_dim(self.head_dim) < MIN_PADDED_DIM:
-            wanted = f"{MIN_PADDED_DIM // 2 + 1} to {core.MAX_HEAD_DIM} for pages"
-            raise ValueError(f"head_dim: wanted {wanted}, got {self.head_dim}")
-        for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
-            if core.check_bits(bits, name) not in PAGE_BITS:
-                raise ValueError(f"{name}: wanted one of {PAGE_BITS} for pages, got {bits}")
-        _check_count(self.page_size, "page_size", TILE)
-        _check_count(self.num_kv_heads, "num_kv_heads")
-
-    def part_bytes(self, part: Part) -> int:
-        """Return the bytes that one token and head has in ``part``."""
-        if part in ("k_scale", "v_scale"):
-            return SCALE_BYTES
-        bits = self.k_bits if part in ("k_base", "k_high") else self.v_bits
-        base = base_bits(bits)
-        plane = base if part in ("k_base", "v_base") else bits - base
-        return core.padded_dim(self.head_dim) * plane // 8
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of 16 tokens of one KV head: planes of K, planes of V, 16 pairs of scales."""
-        return TILE * sum(self.part_bytes(part) for part in get_args(Part))
-
-    @property
-    def page_head_bytes(self) -> int:
-        """Bytes of one KV head in a page: contiguous, a multiple of 16."""
-        return self.page_size // TILE * self.tile_bytes
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page with all its KV heads."""
-        return self.num_kv_heads * self.page_head_bytes
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that a token takes with all its KV heads: codes and scales of K and V."""
-        return self.page_bytes // self.page_size
-
-    def shape(self, num_pages: int) -> tuple[int, int, int]:
-        """Return the shape of ``num_pages`` pages, uint8."""
-        return num_pages, self.num_kv_heads, self.page_head_bytes
-
-    def byte_offsets(self, part: Part, tokens: Tensor) -> Tensor:
-        """Return where each byte of a part lies in a page and head: the one definition.
-
-        Parameters
-        ----------
-        part
-            A plane (:func:`flat_to_planes` gives its bytes) or a scale.
-        tokens
-            int64 ``[n]``, tokens within a page.
-
-        Returns
-        -------
-        Tensor
-            int64 ``[n, part_bytes]``; nothing for the high plane of 2, 4 or 8 bits.
-        """
-        planes: tuple[Part, ...] = ("k_base", "k_high", "v_base", "v_high")
-        sizes = [self.part_bytes(plane) for plane in planes]
-        count = self.part_bytes(part)
-        byte = torch.arange(count, dtype=torch.int64, device=tokens.device)
-        token = tokens[:, None] % TILE
-        tile = tokens[:, None] // TILE * self.tile_bytes
-        if part in ("k_scale", "v_scale"):
-            pair = TILE * sum(sizes) + token * 2 * SCALE_BYTES
-            return tile + pair + (SCALE_BYTES if part == "v_scale" else 0) + byte
-        tile = tile + TILE * sum(sizes[: planes.index(part)])
-        if part in ("k_base", "k_high"):
-            # against bank conflicts: lanes that read one column of several tokens
-            half = token % 2 * (_SWIZZLED_BYTES // 2) if count >= _SWIZZLED_BYTES else 0
-            return tile + token * count + (byte ^ half)
-        # tokens 2t, 2t + 1, 2t + 8 and 2t + 9 share a word, and `run` words follow each other
-        run = min(4, sizes[2] // 8)
-        if part == "v_high":
-            run //= base_bits(self.v_bits)
-        k, t, e = token // 8, token // 2 % 4, token % 2
-        lane = k + 2 * e if self.v_bits == 2 else 2 * k + e
-        return tile + byte // run * (TILE * run) + t * (4 * run) + byte % run * 4 + lane
-
-    def _index(self, slots: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        """Index ``pages`` by page, head and byte; strides do the rest in 64 bits."""
-        heads = torch.arange(self.num_kv_heads, dtype=torch.int64, device=slots.device)
-        offsets = self.byte_offsets(part, slots % self.page_size)
-        return (slots // self.page_size)[:, None, None], heads[:, None], offsets[:, None, :]
-
-    def scatter(
-        self, pages: Tensor, slots: Tensor, role: core.Role, packed: Tensor, norms: Tensor
-    ) -> None:
-        """Write the keys or values of tokens; no other byte is written or read.
-
-        Parameters
-        ----------
-        pages
-            uint8 ``[num_pages, num_kv_heads, page_head_bytes]``.
-        slots
-            int64 ``[n]``, ``page * page_size + token``, all different.
-        role
-            ``"k"`` or ``"v"``.
-        packed, norms
-            The flat form: uint8 ``[n, num_kv_heads, packed_dim]`` and float16
-            ``[n, num_kv_heads]``.
-        """
-        base, high, scale = _PARTS[role]
-        planes = flat_to_planes(packed, role, self._bits(role))
-        pages[self._index(slots, base)] = planes[0]
-        pages[self._index(slots, high)] = planes[1]
-        pages[self._index(slots, scale)] = norms[..., None].view(torch.uint8)
-
-    def gather(self, pages: Tensor, slots: Tensor, role: core.Role) -> tuple[Tensor, Tensor]:
-        """Read what :meth:`scatter` wrote: ``packed`` and ``norms``."""
-        base, high, scale = (pages[self._index(slots, part)] for part in _PARTS[role])
-        packed = planes_to_flat(base, high, role, self._bits(role))
-        return packed, scale.view(torch.float16)[..., 0]
-
-    def _bits(self, role: core.Role) -> int:
-        return self.k_bits if role == "k" else self.v_bits
 
 
 class PagedKVCache:
@@ -285,7 +63,7 @@ class PagedKVCache:
         *,
         pages: Tensor | None = None,
     ) -> None:
-        _check_count(num_pages, "num_pages")
+        check_count(num_pages, "num_pages")
         norm_dtype = codec.vector_format("k").norm_dtype
         if norm_dtype != torch.float16:
             raise ValueError(f"codec: wanted norm_dtype torch.float16, got {norm_dtype}")

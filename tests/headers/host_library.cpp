@@ -136,17 +136,13 @@ void UnpackTile(int role, int dim, int k_bits, int v_bits, const uint8_t* tile, 
 }
 
 /* 32 high bits by the kernels' word-wise form: equal to HighPosition of every bit. */
-uint32_t OrderHigh(int role, int bits, uint32_t x) { return OrderHighBits(Role(role), bits, x); }
+uint32_t OrderHigh(int role, uint32_t x) { return OrderHighBits(Role(role), x); }
 
-uint32_t NaturalHigh(int role, int bits, uint32_t x) {
-  return NaturalHighBits(Role(role), bits, x);
-}
+uint32_t NaturalHigh(int role, uint32_t x) { return NaturalHighBits(Role(role), x); }
 
-int HighPositionOf(int role, int bits, int j) { return HighPosition(Role(role), bits, j); }
+int HighPositionOf(int role, int j) { return HighPosition(Role(role), j); }
 
-int HighCoordinateOf(int role, int bits, int position) {
-  return HighCoordinate(Role(role), bits, position);
-}
+int HighCoordinateOf(int role, int position) { return HighCoordinate(Role(role), position); }
 
 uint16_t ToHalf(float x) { return FloatToHalfBits(x); }
 

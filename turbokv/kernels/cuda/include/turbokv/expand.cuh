@@ -5,6 +5,7 @@
 
 #include "turbokv/decode/key_operand.cuh"
 #include "turbokv/decode/tables.cuh"
+#include "turbokv/decode/three_bits.cuh"
 #include "turbokv/decode/value_operand.cuh"
 
 #endif  // TURBOKV_EXPAND_CUH_

@@ -16,11 +16,12 @@ namespace turbokv {
  *  stream: the kernel must call ptx::WaitForPrimary before it reads or writes anything that others
  *  write.
  *
- *  \param units  Of work in a row; no CTA is started that would have none.
+ *  \param shared_bytes  Dynamic shared memory of a CTA, at most 48 KB.
+ *  \param units         Of work in a row; no CTA is started that would have none.
  */
 template <typename Params>
 inline cudaError_t LaunchTwoRows(void (*kernel)(Params), const Params& params, int threads,
-                                 int64_t units, cudaStream_t stream) {
+                                 int shared_bytes, int64_t units, cudaStream_t stream) {
   int device = 0, multiprocessors = 0, major = 0, resident = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
@@ -28,7 +29,7 @@ inline cudaError_t LaunchTwoRows(void (*kernel)(Params), const Params& params, i
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error != cudaSuccess) return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, 0);
+  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t most = (static_cast<int64_t>(multiprocessors) * resident + 1) / 2;
   cudaLaunchAttribute overlap;
@@ -37,6 +38,7 @@ inline cudaError_t LaunchTwoRows(void (*kernel)(Params), const Params& params, i
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(units < most ? units : most), 2);
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = major >= 9 ? 1 : 0;

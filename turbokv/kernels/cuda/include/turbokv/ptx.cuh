@@ -293,6 +293,31 @@ __device__ __forceinline__ void AsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// --- words of memory ---
+
+__device__ __forceinline__ uint32_t LoadShared(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+
+/*! \brief Have the line of `p` brought to the first-level cache; nobody waits for it. */
+template <typename T>
+__device__ __forceinline__ void Touch(const T* p) {
+  uint16_t unused;
+  asm volatile("ld.global.ca.u16 %0, [%1];" : "=h"(unused) : "l"(p));
+}
+
+/*! \brief Clear the bits of a word that `mask` has clear, whoever else changes others of it. */
+__device__ __forceinline__ void AndGlobal(uint32_t* word, uint32_t mask) {
+  asm volatile("red.relaxed.gpu.global.and.b32 [%0], %1;" ::"l"(word), "r"(mask) : "memory");
+}
+
+/*! \brief Set the bits of a word that `bits` has set. */
+__device__ __forceinline__ void OrGlobal(uint32_t* word, uint32_t bits) {
+  asm volatile("red.relaxed.gpu.global.or.b32 [%0], %1;" ::"l"(word), "r"(bits) : "memory");
+}
+
 }  // namespace ptx
 }  // namespace turbokv
 

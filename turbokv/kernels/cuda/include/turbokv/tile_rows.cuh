@@ -23,8 +23,9 @@ struct tile_rows_t {
   static constexpr bool kHigh = HasHighBit(BITS);
   static constexpr int kBlocks = PADDED_DIM / 32;
   static constexpr int kRowBytes = PADDED_DIM * kWidth / 8;
-  // Of V a lane reads whole words, each a byte of four tokens; of K its two tokens' own bytes.
-  static constexpr int kRaw = !kKey ? kWidth : kWidth == 8 ? 4 : 2;
+  // Of V a lane reads whole words, each a byte of four tokens; of K its two tokens' own bytes. At 3
+  // bits it reads units, which have both of its tokens.
+  static constexpr int kRaw = BITS == 3 || !kKey ? kWidth : kWidth == 8 ? 4 : 2;
   /*! \brief Whether the first register of a row has the even coordinates of eight, not the first
    * four: fields of 2 bits are picked apart that way. */
   static constexpr bool kEvenOdd = kWidth == 2;
@@ -41,7 +42,15 @@ struct tile_rows_t {
     TURBOKV_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       const int piece = b * 4 + t, beta = piece * kWidth;  // of eight coordinates; its first byte
-      if constexpr (kKey) {
+      if constexpr (BITS == 3) {
+        TURBOKV_UNROLL
+        for (int k = 0; k < 3; ++k) {
+          // a unit of K is two pieces
+          const int offset = kKey ? KeyHalfOffset(PADDED_DIM, g, piece >> 1, k)
+                                  : ValueWordOffset(PADDED_DIM, g >> 1, piece, k);
+          raw.base[b][k] = __ldg(reinterpret_cast<const uint32_t*>(base + offset));
+        }
+      } else if constexpr (kKey) {
         TURBOKV_UNROLL
         for (int r = 0; r < 2; ++r) {
           const int token = g + 8 * r;
@@ -54,9 +63,7 @@ struct tile_rows_t {
           } else {
             raw.base[b][r] = __ldg(reinterpret_cast<const uint16_t*>(from));
           }
-          if constexpr (BITS == 3) {
-            raw.high[b][r] = __ldg(high + KeyOffset(token, piece, PADDED_DIM / 8));
-          } else if constexpr (BITS == 5) {  // 16 coordinates, two lanes', share two bytes
+          if constexpr (BITS == 5) {  // 16 coordinates, two lanes', share two bytes
             raw.high[b][r] = __ldg(reinterpret_cast<const uint16_t*>(
                 high + KeyOffset(token, piece & ~1, PADDED_DIM / 8)));
           }
@@ -84,6 +91,34 @@ struct tile_rows_t {
     }
   }
 
+  /*! \brief Codes that the upper bits of nibbles hold. */
+  static TURBOKV_DEVICE uint32_t UpperBits(uint32_t w0, uint32_t w1, uint32_t w2) {
+    return (w0 >> 3 & 0x11111111u) | (w1 >> 2 & 0x22222222u) | (w2 >> 1 & 0x44444444u);
+  }
+
+  /*! \brief Codes of four coordinates and the next four, a nibble each, of token g in the lower
+   *  halves and of g + 8 in the upper ones: the first or the second eight of a unit of K.
+   */
+  static TURBOKV_DEVICE uint2 UnpackKey(const uint32_t (&w)[kRaw], bool second) {
+    return make_uint2((second ? w[2] : w[0]) & 0x77777777u,
+                      second ? UpperBits(w[0], w[1], w[2]) : w[1] & 0x77777777u);
+  }
+
+  /*! \brief The same of a unit of V. */
+  static TURBOKV_DEVICE uint2 UnpackValue(const uint32_t (&w)[kRaw], bool odd) {
+    uint32_t x[3];
+    TURBOKV_UNROLL
+    for (int k = 0; k < 3; ++k) {
+      // bytes: tokens g and g + 8 of an even coordinate, then of the next; then a byte for each
+      // token
+      const uint32_t own = (odd ? w[k] >> 4 : w[k]) & 0x0f0f0f0fu;
+      x[k] = own | own >> 12;
+    }
+    const uint32_t last = UpperBits(x[0], x[1], x[2]);
+    return make_uint2(ptx::Permute(x[0], x[1], 0x5140u) & 0x77777777u,
+                      ptx::Permute(x[2], last, 0x5140u) & 0x77777777u);
+  }
+
   /*! \brief Levels of block b as an A operand: registers 0 and 2 are token g's, 1 and 3 token g +
    * 8's. */
   static TURBOKV_DEVICE void Expand(const raw_t& raw, int b, int lane, const table_t& table,
@@ -94,17 +129,15 @@ struct tile_rows_t {
     // where in a word of V the bytes of tokens g and g + 8 are: those of a first word's, then of a
     // second's, for token g, then the same for token g + 8
     const uint32_t pick = BITS == 2 ? (odd ? 0x7362u : 0x5140u) : (odd ? 0x7351u : 0x6240u);
-    if constexpr (kWidth == 2) {
+    if constexpr (BITS == 3) {
+      const uint2 codes = kKey ? UnpackKey(base, (lane & 1) != 0) : UnpackValue(base, odd);
+      a[0] = Permute(table.a0, table.a1, codes.x);
+      a[1] = Permute(table.a0, table.a1, codes.x >> 16);
+      a[2] = Permute(table.a0, table.a1, codes.y);
+      a[3] = Permute(table.a0, table.a1, codes.y >> 16);
+    } else if constexpr (kWidth == 2) {
       const uint32_t x = Permute(base[0], base[1], kKey ? 0x5410u : pick);  // token g's codes below
-      uint32_t even = x & 0x33333333u, uneven = x >> 2 & 0x33333333u;
-      if constexpr (kHigh) {
-        // a byte each: coordinates 0, 1, 4, 5, 2, 3, 6, 7
-        const uint32_t h = kKey ? Permute(raw.high[b][0], raw.high[b][1], 0x5410u)
-                                : Permute(raw.high[b][0], 0, odd ? 0x4341u : 0x4240u);
-        const uint32_t spread = h | h << 6;
-        even |= spread << 2 & 0x44444444u;
-        uneven |= spread << 1 & 0x44444444u;
-      }
+      const uint32_t even = x & 0x33333333u, uneven = x >> 2 & 0x33333333u;
       a[0] = Permute(table.a0, table.a1, even);
       a[1] = Permute(table.a0, table.a1, even >> 16);
       a[2] = Permute(table.a0, table.a1, uneven);
@@ -120,7 +153,7 @@ struct tile_rows_t {
       if constexpr (kHigh) {
         if constexpr (kKey) {
           const uint32_t both = Permute(raw.high[b][0], raw.high[b][1], 0x5410u);
-          high = NaturalHighBits(ROLE, BITS, both) >> (lane & 1) * 8;
+          high = NaturalHighBits(ROLE, both) >> (lane & 1) * 8;
         } else {
           high = Permute(raw.high[b][0], 0, odd ? 0x4341u : 0x4240u);
         }

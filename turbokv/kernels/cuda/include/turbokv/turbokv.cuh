@@ -21,7 +21,7 @@
 
 namespace turbokv {
 
-constexpr int kFormatVersion = 2;  // of FORMAT.md
+constexpr int kFormatVersion = 3;  // of FORMAT.md
 
 }  // namespace turbokv
 

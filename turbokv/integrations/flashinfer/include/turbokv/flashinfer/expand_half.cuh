@@ -34,9 +34,10 @@ TURBOKV_HOST_DEVICE levels_t MakeLevels(const codebook_t& codebook) {
   return levels;
 }
 
-/*! \brief Eight codes of a token: `base` is their part of the base plane, lowest coordinate first;
- *  `high` one byte of the high plane, or at 5 bits of K the two bytes of 16 coordinates, shifted so
- *  that the bits of these eight come first in each. */
+/*! \brief Eight codes of a token: `base` is their part of the base plane, lowest coordinate first
+ *  (at 3 bits a nibble for each code, four in each word); `high` at 5 bits one byte of the high
+ *  plane, or of K the two bytes of 16 coordinates, shifted so that the bits of these eight come
+ *  first in each. */
 struct codes_t {
   uint32_t base[2];
   uint32_t high;
@@ -60,16 +61,12 @@ __device__ __forceinline__ bytes8_t LookUp(const codes_t& codes, const levels_t&
       const uint32_t b = Permute(levels.table.b0, levels.table.b1, flipped >> (16 * i));
       x.bytes[i] = a ^ b;  // at 5 bits one of them is zero
     }
-  } else if constexpr (BITS == 2 || BITS == 3) {
-    uint32_t low[2] = {codes.base[0] & 0x3333u, codes.base[0] >> 2 & 0x3333u};
-    if constexpr (BITS == 3) {
-      // even coordinates have their bits at 0, 4, 2 and 6, odd ones one place higher
-      const uint32_t spread = codes.high | codes.high << 6;
-      low[0] |= spread << 2 & 0x4444u;
-      low[1] |= spread << 1 & 0x4444u;
-    }
-    const uint32_t even = Permute(levels.table.a0, levels.table.a1, low[0]);
-    const uint32_t odd = Permute(levels.table.a0, levels.table.a1, low[1]);
+  } else if constexpr (BITS == 3) {
+    x.bytes[0] = Permute(levels.table.a0, levels.table.a1, codes.base[0]);
+    x.bytes[1] = Permute(levels.table.a0, levels.table.a1, codes.base[1]);
+  } else if constexpr (BITS == 2) {
+    const uint32_t even = Permute(levels.table.a0, levels.table.a1, codes.base[0] & 0x3333u);
+    const uint32_t odd = Permute(levels.table.a0, levels.table.a1, codes.base[0] >> 2 & 0x3333u);
     x.bytes[0] = Permute(even, odd, 0x5140);
     x.bytes[1] = Permute(even, odd, 0x7362);
   } else {
@@ -106,11 +103,29 @@ __device__ __forceinline__ uint4 Pack(const __half2 (&x)[4]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+/*! \brief 3-bit codes that the upper bits of nibbles hold. */
+__device__ __forceinline__ uint32_t UpperCodes(uint32_t w0, uint32_t w1, uint32_t w2) {
+  return (w0 >> 3 & 0x11111111u) | (w1 >> 2 & 0x22222222u) | (w2 >> 1 & 0x44444444u);
+}
+
 /*! \brief Codes of coordinates 8 * chunk and up of a token of K. `part` is K's part of a tile. */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ codes_t LoadKeyCodes(const uint8_t* part, int token, int chunk) {
   constexpr int kBase = PlaneBits(BITS), kRow = HEAD_DIM * kBase / 8;
   codes_t codes = {};
+  if constexpr (BITS == 3) {
+    // a unit is two chunks: the third half-word and the upper bits of all three are the second
+    uint32_t halves[3];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      halves[k] =
+          *reinterpret_cast<const uint16_t*>(part + KeyHalfOffset(HEAD_DIM, token, chunk / 2, k));
+    }
+    const bool second = chunk % 2 != 0;
+    codes.base[0] = (second ? halves[2] : halves[0]) & 0x7777u;
+    codes.base[1] = second ? UpperCodes(halves[0], halves[1], halves[2]) : halves[1] & 0x7777u;
+    return codes;
+  }
   const uint8_t* base = part + KeyOffset(token, chunk * kBase, kRow);
   if constexpr (kBase == 8) {
     const uint2 w = *reinterpret_cast<const uint2*>(base);
@@ -121,9 +136,7 @@ __device__ __forceinline__ codes_t LoadKeyCodes(const uint8_t* part, int token, 
     codes.base[0] = *reinterpret_cast<const uint16_t*>(base);
   }
   const uint8_t* high = part + kTokensPerTile * kRow;
-  if constexpr (BITS == 3) {
-    codes.high = high[KeyOffset(token, chunk, HEAD_DIM / 8)];
-  } else if constexpr (BITS == 5) {
+  if constexpr (BITS == 5) {
     // 16 coordinates share two bytes: even ones the first, odd ones the second
     const uint32_t pair =
         *reinterpret_cast<const uint16_t*>(high + KeyOffset(token, chunk / 2 * 2, HEAD_DIM / 8));
@@ -138,13 +151,44 @@ __device__ __forceinline__ int ValueToken(int t, int lane) {
   return BITS == 2 ? lane % 2 * 8 + 2 * t + lane / 2 : lane / 2 * 8 + 2 * t + lane % 2;
 }
 
+/*! \brief LoadValueCodes at 3 bits: a unit, whose nibbles are of four tokens. */
+template <int HEAD_DIM>
+__device__ __forceinline__ void LoadThreeBitValues(const uint8_t* part, int t, int chunk,
+                                                   codes_t (&codes)[4]) {
+  using ptx::Permute;
+  uint32_t words[4];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    words[k] = *reinterpret_cast<const uint32_t*>(part + ValueWordOffset(HEAD_DIM, t, chunk, k));
+  }
+  words[3] = UpperCodes(words[0], words[1], words[2]);
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    uint32_t x[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      // a byte for each of two tokens: an even coordinate and the next
+      const uint32_t own = words[k] >> (4 * odd) & 0x07070707u;
+      x[k] = own | own >> 12;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t both = Permute(x[2 * half], x[2 * half + 1], 0x5140);
+      codes[odd].base[half] = both & 0x7777u;
+      codes[odd + 2].base[half] = both >> 16;
+    }
+  }
+}
+
 /*! \brief The same of V, of the four tokens that share words: ValueToken(t, 0..3). */
 template <int HEAD_DIM, int BITS>
 __device__ __forceinline__ void LoadValueCodes(const uint8_t* part, int t, int chunk,
                                                codes_t (&codes)[4]) {
   using ptx::Permute;
+  if constexpr (BITS == 3) return LoadThreeBitValues<HEAD_DIM>(part, t, chunk, codes);
   constexpr int kBase = PlaneBits(BITS), kRun = ValueRun(HEAD_DIM, BITS);
-  static_assert(kBase <= kRun || kBase == 2 * kRun, "a chunk has whole runs, or is part of one");
+  static_assert(BITS == 3 || kBase <= kRun || kBase == 2 * kRun,
+                "a chunk has whole runs, or is part of one");
   uint32_t words[kBase];
 #pragma unroll
   for (int i = 0; i < kBase; i += kRun < kBase ? kRun : kBase) {

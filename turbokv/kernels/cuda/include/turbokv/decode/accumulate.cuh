@@ -64,14 +64,14 @@ __device__ __forceinline__ void AccumulateTiles(const uint8_t* stage,
 #pragma unroll
   for (int i = 0; i < C::kTiles; ++i) {
     const uint8_t* v = stage + i * C::kTile + C::k_t::kBytes;
+    typename V::codes_t codes;
+    V::Load(v, at.lane, codes);
 #pragma unroll
     for (int section = 0; section < V::kSections; ++section) {
-      uint32_t w[V::kWords], h[2];
-      V::Load(v, section, at.lane, w, h);
 #pragma unroll
       for (int k = 0; k < V::kBlocks; ++k) {
         uint32_t a[4];
-        V::Expand(w, h, k, table, negative, a);
+        V::Expand(codes, section, k, table, negative, a);
 #pragma unroll
         for (int n = 0; n < C::kTermBlocks; ++n) {
           ptx::MmaF16(state.o[n][section * V::kBlocks + k], a[0], a[1], a[2], a[3], p.b[i][n][0],

@@ -21,15 +21,15 @@ __device__ __forceinline__ void AccumulatePairs(
     const uint8_t* v, int tile, const typename integer_softmax_t<C>::probabilities_t& p,
     const table_t& table, int lane, integer_softmax_t<C>& state) {
   using V = typename C::v_t;
+  typename V::codes_t codes;
+  V::Load(v, lane, codes);
 #pragma unroll
   for (int section = 0; section < V::kSections; ++section) {
-    uint32_t w[V::kWords], h[2];
-    V::Load(v, section, lane, w, h);
 #pragma unroll
     for (int k = 0; k < V::kBlocks; k += 2) {
       uint32_t first[V::kTerms][2], second[V::kTerms][2];  // rows g, rows g + 8
-      V::LookUpTerms(w, h, k, table, first);
-      V::LookUpTerms(w, h, k + 1, table, second);
+      V::LookUpTerms(codes.sections[section], k, table, first);
+      V::LookUpTerms(codes.sections[section], k + 1, table, second);
       const int block = (section * V::kBlocks + k) / 2;
 #pragma unroll
       for (int i = 0; i < V::kTerms; ++i) {
@@ -40,22 +40,6 @@ __device__ __forceinline__ void AccumulatePairs(
         }
       }
     }
-  }
-}
-
-/*! \brief Operands of a block in quads: four tokens of the coordinate of row g, of row g + 8. */
-template <class C>
-__device__ __forceinline__ void ExpandQuads(const uint32_t (&w)[C::v_t::kWords],
-                                            const uint32_t (&h)[2], int block, const table_t& table,
-                                            uint32_t (&a)[2]) {
-  using V = typename C::v_t;
-  if constexpr (V::kKind == expand_t::kUniform2) {
-    const uint32_t mask = 0x03030303u << (block % 2 * 4);
-    a[0] = w[block / 2] & mask, a[1] = w[block / 2] & (mask << 2);
-  } else {
-    uint32_t low, high;
-    V::LookUp(w, h, block, table, low, high);
-    a[0] = ptx::Permute(low, high, 0x6420), a[1] = ptx::Permute(low, high, 0x7531);
   }
 }
 
@@ -74,16 +58,16 @@ __device__ __forceinline__ void AccumulateQuads(
                  p.b[tile + 1][term][0]);
     }
   }
+  typename V::codes_t codes[2];  // of each tile
+  V::Load(v, lane, codes[0]);
+  V::Load(v + C::kTile, lane, codes[1]);
 #pragma unroll
   for (int section = 0; section < V::kSections; ++section) {
-    uint32_t w[2][V::kWords], h[2][2];
-    V::Load(v, section, lane, w[0], h[0]);
-    V::Load(v + C::kTile, section, lane, w[1], h[1]);
 #pragma unroll
     for (int k = 0; k < V::kBlocks; ++k) {
-      uint32_t a[2][2];  // of each tile
-      ExpandQuads<C>(w[0], h[0], k, table, a[0]);
-      ExpandQuads<C>(w[1], h[1], k, table, a[1]);
+      uint32_t a[2][2];
+      V::Quads(codes[0], section, k, table, a[0]);
+      V::Quads(codes[1], section, k, table, a[1]);
 #pragma unroll
       for (int term = 0; term < state_t::kTerms; ++term) {
         int(&acc)[4] = state.acc[term][section * V::kBlocks + k];

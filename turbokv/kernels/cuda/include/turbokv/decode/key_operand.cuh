@@ -13,8 +13,8 @@
 
 namespace turbokv {
 
-/*! \brief K of a tile in the registers of a warp: lane (g, t) reads rows g and g + 8, and of each
- * row, in step i, the kCodes coordinates from (4 * i + t) * kCodes on.
+/*! \brief K of a tile, but by 3 bits, in the registers of a warp: lane (g, t) reads rows g and g +
+ * 8, and of each row, in step i, the kCodes coordinates from (4 * i + t) * kCodes on.
  *
  *  \tparam HEAD_DIM Coordinates stored per vector.
  *  \tparam BITS     Width of a code.
@@ -57,7 +57,7 @@ struct key_operand_t {
     if constexpr (kKind == expand_t::kUniform2) {
       reg = x / 16 * 4 + x % 4;
       byte = x / 4 % 4;
-    } else if constexpr (kKind == expand_t::kLookup2 || kKind == expand_t::kLookup3) {
+    } else if constexpr (kKind == expand_t::kLookup2) {
       // x = 8 * m + 4 * i + 2 * v + f
       const int m = x % 32 / 8, i = x / 4 % 2, v = x / 2 % 2, f = x % 2;
       reg = kCodes >= 32 ? x / 32 * 8 + (i * 2 + f) * 2 + m / 2 : i * 2 + f;
@@ -73,9 +73,16 @@ struct key_operand_t {
     return kKind == expand_t::kUniform2 && j % 4 > 0 ? 2 : 0;
   }
 
-  /*! \brief Read the codes of step i: words of rows g and g + 8, and their high bits. */
+  /*! \brief Codes of a step: words of rows g and g + 8, and their high bits. */
+  struct codes_t {
+    uint32_t w[2][kWords], h[2][2];
+  };
+
+  /*! \brief Read the codes of step i. */
   static __device__ __forceinline__ void Load(const uint8_t* tile, int i, int g, int t,
-                                              uint32_t (&w)[2][kWords], uint32_t (&h)[2][2]) {
+                                              codes_t& codes) {
+    auto& w = codes.w;
+    auto& h = codes.h;
     constexpr int kChunkBytes = kWords * 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -119,11 +126,12 @@ struct key_operand_t {
    *  kUniform2: a is the code 0..3, shifted by CodeShift; the level is m * (2 code - 3).
    */
   template <bool SUM>
-  static __device__ __forceinline__ void Expand(const uint32_t (&w)[2][kWords],
-                                                const uint32_t (&h)[2][2], const table_t& table,
+  static __device__ __forceinline__ void Expand(const codes_t& codes, const table_t& table,
                                                 uint32_t (&a)[2][kRegs],
                                                 uint32_t (&extra)[2][kRegs]) {
     using ptx::Permute;
+    const auto& w = codes.w;
+    const auto& h = codes.h;
     if constexpr (kKind == expand_t::kPaired4) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -163,17 +171,15 @@ struct key_operand_t {
           }
         }
       }
-    } else if constexpr (kKind == expand_t::kLookup2 || kKind == expand_t::kLookup3) {
-      // Selector words take one byte (four codes) from each of four pairs of bytes, so that the
-      // bits of the high plane are one shift away.
+    } else if constexpr (kKind == expand_t::kLookup2) {
+      // Selector words take one byte (four codes) from each of four pairs of bytes.
       if constexpr (kCodes == 16) {
-        const uint32_t high = Permute(h[0][0], h[1][0], 0x5410);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const uint32_t x = Permute(w[0][0], w[1][0], i ? 0x7531 : 0x6420);
 #pragma unroll
           for (int f = 0; f < 2; ++f) {
-            const uint32_t s = Selector(x, high, i, f);
+            const uint32_t s = (x >> (2 * f)) & 0x33333333u;
             a[0][i * 2 + f] = Permute(table.a0, table.a1, s);
             a[1][i * 2 + f] = Permute(table.a0, table.a1, s >> 16);
           }
@@ -188,7 +194,7 @@ struct key_operand_t {
               const uint32_t x = Permute(w[r][2 * k], w[r][2 * k + 1], i ? 0x7531 : 0x6420);
 #pragma unroll
               for (int f = 0; f < 2; ++f) {
-                const uint32_t s = Selector(x, h[r][k], i, f);
+                const uint32_t s = (x >> (2 * f)) & 0x33333333u;
                 a[r][k * 8 + (i * 2 + f) * 2] = Permute(table.a0, table.a1, s);
                 a[r][k * 8 + (i * 2 + f) * 2 + 1] = Permute(table.a0, table.a1, s >> 16);
               }
@@ -213,16 +219,6 @@ struct key_operand_t {
         }
       }
     }
-  }
-
-  /*! \brief Nibbles of 2 or 3-bit codes from field f of x, and bit 2 i + f of each nibble of high.
-   */
-  static __device__ __forceinline__ uint32_t Selector(uint32_t x, uint32_t high, int i, int f) {
-    const uint32_t low = (x >> (2 * f)) & 0x33333333u;
-    if constexpr (!kHigh) return low;
-    const int bit = 2 * i + f;
-    const uint32_t shifted = bit <= 2 ? high << (2 - bit) : high >> (bit - 2);
-    return low | (shifted & 0x44444444u);
   }
 };
 

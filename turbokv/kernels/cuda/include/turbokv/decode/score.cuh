@@ -33,9 +33,10 @@ __device__ __forceinline__ void MultiplyKeys(const uint8_t* tile, const query_fr
   constexpr bool kSum = C::kKeyBytes == bytes_t::kSignedSum;
 #pragma unroll
   for (int k = 0; k < K::kSteps; ++k) {
-    uint32_t w[2][K::kWords], h[2][2], a[2][K::kRegs], extra[2][K::kRegs];
-    K::Load(tile, k, at.g, at.t, w, h);
-    K::template Expand<kSum>(w, h, k_table, a, extra);
+    typename K::codes_t codes;
+    uint32_t a[2][K::kRegs], extra[2][K::kRegs];
+    K::Load(tile, k, at.g, at.t, codes);
+    K::template Expand<kSum>(codes, k_table, a, extra);
 #pragma unroll
     for (int q = 0; q < K::kRegs / 2; ++q) {
       const int reg = k * K::kRegs + 2 * q;

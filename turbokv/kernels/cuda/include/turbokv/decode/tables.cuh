@@ -22,6 +22,14 @@ __host__ __device__ constexpr expand_t ExpandKind(int bits, bool uniform2) {
                      : expand_t::kBytes8;
 }
 
+/*! \brief Selectors of a unit of 32 codes of 3 bits, which has three words: three in four codes
+ * have the lower bits of a nibble to themselves, the rest are the nibbles' top bits (FORMAT.md,
+ * section 6). Nibbles of m[k] are for byte-permutes. */
+TURBOKV_HOST_DEVICE void Selectors3(const uint32_t (&w)[3], uint32_t (&m)[4]) {
+  m[0] = w[0] & 0x77777777u, m[1] = w[1] & 0x77777777u, m[2] = w[2] & 0x77777777u;
+  m[3] = (w[0] >> 3 & 0x11111111u) | (w[1] >> 2 & 0x22222222u) | (w[2] >> 1 & 0x44444444u);
+}
+
 /*! \brief 2^-bits. */
 TURBOKV_HOST_DEVICE float InverseExp2(int bits) { return BitsFloat((127u - bits) << 23); }
 

@@ -4,9 +4,11 @@
 #define TURBOKV_DECODE_TRAITS_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "turbokv/decode/key_operand.cuh"
 #include "turbokv/decode/tables.cuh"
+#include "turbokv/decode/three_bits.cuh"
 #include "turbokv/decode/tile_copy.cuh"
 #include "turbokv/decode/value_operand.cuh"
 #include "turbokv/pack.cuh"
@@ -36,13 +38,12 @@ enum class products_t {
  * slow would choose here.
  *
  *  Integers need registers for two terms and for the outputs in fp32 that they are added to. With
- *  eight rows those by lookup need V's bytes moved as well: measured, 192 us instead of 174.
+ *  eight rows lookups of 4 bits need V's bytes moved as well: measured, 192 us instead of 174.
  */
 constexpr products_t Products(int head_dim, int v_bits, bool uniform2, int columns) {
-  const bool uniform = v_bits == 2 && uniform2, lookup = v_bits == 3 || v_bits == 4;
-  const bool fits = head_dim * columns <= 1024;
-  return fits && ((uniform && columns <= 8) || (lookup && columns == 4)) ? products_t::kInteger
-                                                                         : products_t::kHalf;
+  const bool is_width = v_bits == 3 || (v_bits == 4 && columns == 4) || (v_bits == 2 && uniform2);
+  return is_width && columns <= 8 && head_dim * columns <= 1024 ? products_t::kInteger
+                                                                : products_t::kHalf;
 }
 
 /*! \brief How integer products see k. */
@@ -70,16 +71,17 @@ enum class features_t {
 template <int HEAD_DIM, int K_BITS, int V_BITS, bool UNIFORM2, int COLUMNS, class COPY, int CTAS,
           features_t FEATURES>
 struct decode_traits_t {
-  using k_t = key_operand_t<HEAD_DIM, K_BITS, UNIFORM2>;
-  using v_t = value_operand_t<HEAD_DIM, V_BITS, UNIFORM2>;
+  using k_t = std::conditional_t<K_BITS == 3, key_operand3_t<HEAD_DIM>,
+                                 key_operand_t<HEAD_DIM, K_BITS, UNIFORM2>>;
+  using v_t = std::conditional_t<V_BITS == 3, value_operand3_t<HEAD_DIM>,
+                                 value_operand_t<HEAD_DIM, V_BITS, UNIFORM2>>;
   using copy_t = COPY;
   static constexpr int kHeadDim = HEAD_DIM, kKBits = K_BITS, kVBits = V_BITS, kColumns = COLUMNS;
   static constexpr bool kAllFeatures = FEATURES == features_t::kAll;
   static constexpr products_t kProducts = Products(HEAD_DIM, V_BITS, UNIFORM2, COLUMNS);
-  // How integer products see k. Lookups of 3 and 4 bits leave two coordinates of a token side by
-  // side: with four rows probabilities take that order, with more V's bytes are moved.
-  static constexpr order_t kOrder =
-      COLUMNS == 4 && v_t::kKind != expand_t::kUniform2 ? order_t::kPairs : order_t::kQuads;
+  // How integer products see k. Lookups of 4 bits leave two coordinates of a token side by side:
+  // probabilities take that order.
+  static constexpr order_t kOrder = V_BITS == 4 ? order_t::kPairs : order_t::kQuads;
   // What tables hold, see MakeTable; two terms may be operands one after the other.
   static constexpr bytes_t kKeyBytes =
       K_BITS == 4 && COLUMNS == 4 ? bytes_t::kSignedSum : bytes_t::kSigned;

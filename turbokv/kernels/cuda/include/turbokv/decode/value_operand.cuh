@@ -13,8 +13,8 @@
 
 namespace turbokv {
 
-/*! \brief V of a tile: lane (g, t) reads tokens {2t, 2t + 1, 2t + 8, 2t + 9} of coordinates
- *  (8 * section + g) * kCodes + 0..kCodes - 1. Each section makes kBlocks A operands (16
+/*! \brief V of a tile, but by 3 bits: lane (g, t) reads tokens {2t, 2t + 1, 2t + 8, 2t + 9} of
+ * coordinates (8 * section + g) * kCodes + 0..kCodes - 1. Each section makes kBlocks A operands (16
  * coordinates x 16 tokens); row g of block b is coordinate Offset(b, 0), row g + 8 is Offset(b, 1).
  */
 template <int HEAD_DIM, int BITS, bool UNIFORM2>
@@ -64,8 +64,23 @@ struct value_operand_t {
     return (8 * section + g) * kCodes + Offset(block, half);
   }
 
-  static __device__ __forceinline__ void Load(const uint8_t* v, int section, int lane,
-                                              uint32_t (&w)[kWords], uint32_t (&h)[2]) {
+  /*! \brief Codes of a section, and their high bits. */
+  struct section_t {
+    uint32_t w[kWords], h[2];
+  };
+  struct codes_t {
+    section_t sections[kSections];
+  };
+
+  static __device__ __forceinline__ void Load(const uint8_t* v, int lane, codes_t& codes) {
+#pragma unroll
+    for (int section = 0; section < kSections; ++section) {
+      LoadSection(v, section, lane, codes.sections[section].w, codes.sections[section].h);
+    }
+  }
+
+  static __device__ __forceinline__ void LoadSection(const uint8_t* v, int section, int lane,
+                                                     uint32_t (&w)[kWords], uint32_t (&h)[2]) {
     const uint8_t* p = v + section * (kWords * 128) + lane * (kWords * 4);
     if constexpr (kWords == 4) {
       const uint4 x = *reinterpret_cast<const uint4*>(p);
@@ -104,10 +119,12 @@ struct value_operand_t {
    *
    *  kUniform2: fp16 subnormals, the code times 4^field * 2^-24; field = 2 * (block % 2) + half.
    */
-  static __device__ __forceinline__ void Expand(const uint32_t (&w)[kWords], const uint32_t (&h)[2],
-                                                int block, const table_t& table,
-                                                const table_t& negative, uint32_t (&a)[4]) {
+  static __device__ __forceinline__ void Expand(const codes_t& codes, int section, int block,
+                                                const table_t& table, const table_t& negative,
+                                                uint32_t (&a)[4]) {
     using ptx::Permute;
+    const auto& w = codes.sections[section].w;
+    const auto& h = codes.sections[section].h;
     if constexpr (kKind == expand_t::kUniform2) {
       const uint32_t x = w[block / 2], y = x >> 8;
       const uint32_t mask = 0x00030003u << (block % 2 * 4);
@@ -133,7 +150,7 @@ struct value_operand_t {
       a[2] = Permute(x, k1024, 0x4342), a[3] = Permute(y, k1024, 0x4342);
     } else {
       uint32_t low, high;
-      LookUp(w, h, block, table, low, high);
+      LookUp(codes.sections[section], block, table, low, high);
       Widen(low, high, a);
     }
   }
@@ -141,24 +158,17 @@ struct value_operand_t {
   /*! \brief Bytes of a block by lookup: `low` has [token 2t row g, token 2t row g + 8, token 2t + 1
    * row g, token 2t + 1 row g + 8], `high` tokens 2t + 8 and 2t + 9. Not for kUniform2, kBytes8 and
    * kSignMagnitude5. */
-  static __device__ __forceinline__ void LookUp(const uint32_t (&w)[kWords], const uint32_t (&h)[2],
-                                                int block, const table_t& table, uint32_t& low,
+  static __device__ __forceinline__ void LookUp(const section_t& codes, int block,
+                                                const table_t& table, uint32_t& low,
                                                 uint32_t& high) {
     using ptx::Permute;
     if constexpr (kKind == expand_t::kPaired4) {
       uint32_t terms[2][2];
-      LookUpTerms(w, h, block, table, terms);
+      LookUpTerms(codes, block, table, terms);
       low = terms[0][0] ^ terms[1][0], high = terms[0][1] ^ terms[1][1];
     } else {
-      uint32_t x = w[block / 2];
-      if constexpr (kKind == expand_t::kLookup2) x = Permute(x, 0, 0x3120);
-      const int f = block % 2, i = block / 2 % 2;
-      uint32_t s = (x >> (2 * f)) & 0x33333333u;
-      if constexpr (kHigh) {
-        const int bit = 2 * i + f;
-        const uint32_t shifted = bit <= 2 ? h[block / 4] << (2 - bit) : h[block / 4] >> (bit - 2);
-        s |= shifted & 0x44444444u;
-      }
+      const uint32_t x = Permute(codes.w[block / 2], 0, 0x3120);
+      const uint32_t s = (x >> (block % 2 * 2)) & 0x33333333u;
       low = Permute(table.a0, table.a1, s), high = Permute(table.a0, table.a1, s >> 16);
     }
   }
@@ -168,19 +178,33 @@ struct value_operand_t {
   static constexpr int kTerms = kKind == expand_t::kPaired4 ? 2 : 1;
 
   /*! \brief The same before the terms of a level are put together: [term][low, high]. */
-  static __device__ __forceinline__ void LookUpTerms(const uint32_t (&w)[kWords],
-                                                     const uint32_t (&h)[2], int block,
+  static __device__ __forceinline__ void LookUpTerms(const section_t& codes, int block,
                                                      const table_t& table,
                                                      uint32_t (&terms)[kTerms][2]) {
     using ptx::Permute;
     if constexpr (kKind == expand_t::kPaired4) {
-      const uint32_t x = w[block], y = x ^ 0x88888888u;
+      const uint32_t x = codes.w[block], y = x ^ 0x88888888u;
       terms[0][0] = Permute(table.a0, table.a1, x);
       terms[0][1] = Permute(table.a0, table.a1, x >> 16);
       terms[1][0] = Permute(table.b0, table.b1, y);
       terms[1][1] = Permute(table.b0, table.b1, y >> 16);
     } else {
-      LookUp(w, h, block, table, terms[0][0], terms[0][1]);
+      LookUp(codes, block, table, terms[0][0], terms[0][1]);
+    }
+  }
+
+  /*! \brief Bytes of a block: four tokens of row g, then of row g + 8: 2t, 2t + 1, 2t + 8 and
+   * 2t + 9, or with kUniform2, whose codes count 4^field, 2t, 2t + 8, 2t + 1 and 2t + 9. */
+  static __device__ __forceinline__ void Quads(const codes_t& codes, int section, int block,
+                                               const table_t& table, uint32_t (&a)[2]) {
+    if constexpr (kKind == expand_t::kUniform2) {
+      const uint32_t x = codes.sections[section].w[block / 2];
+      const uint32_t mask = 0x03030303u << (block % 2 * 4);
+      a[0] = x & mask, a[1] = x & (mask << 2);
+    } else {
+      uint32_t low, high;
+      LookUp(codes.sections[section], block, table, low, high);
+      a[0] = ptx::Permute(low, high, 0x6420), a[1] = ptx::Permute(low, high, 0x7531);
     }
   }
 };
