@@ -148,7 +148,7 @@ def cpu_layers(dist: Path, copy: Path) -> dict[str, Layer]:
     fixed |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     newer = {**fixed, "PYTHONPATH": str(overlay(python))}
     # numba's compiler, which n-gram drafts load, and vLLM's CPU dispatcher do not agree
-    ngram = "tests/vllm/test_engine.py::test_speculation_with_rejected_drafts"
+    ngram = "tests/vllm/test_speculation.py::test_n_grams_with_rejected_drafts"
     return {
         "cpu-0.32": Layer("vLLM 0.32, on CPUs", python, copy, ["tests/vllm"], fixed, ngram),
         "cpu-0.33": Layer("vLLM 0.33, on CPUs", python, copy, ["tests/vllm"], newer, ngram),

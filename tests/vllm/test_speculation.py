@@ -181,7 +181,8 @@ def test_an_mtp_layer_on_a_hybrid(count: int, folder: pathlib.Path) -> None:  # 
     assert found[KV, drafted].error < found[KV, "alone"].error + max(2 * rounding, 0.02)
 
 
-# Last, since vLLM's CPU engine scans all modules and stops at one of Numba's, which this imports.
+# Last, and in a process of its own on a CPU: vLLM's CPU engine scans all modules and stops at one of
+# Numba's, which this imports.
 @both_runners
 @pytest.mark.parametrize("count", [3, 15])
 def test_n_grams_with_rejected_drafts(count: int, folder: pathlib.Path) -> None:  # noqa: F811
