@@ -174,13 +174,13 @@ def test_hybrid_counts_full_layers_and_a_constant_state() -> None:
     assert groups(found)["full"] == (12, 2, 256, None)
     linear = next(group for group in found.layers if group.kind == "linear")
     assert linear.num_layers == 36
-    # (2 x 2048 + 4096) channels x 3 inputs x 2 bytes, and 32 heads x 128 x 128 in fp32
-    assert linear.state_bytes == 49_152 + 2_097_152
+    # (2 x 2048 + 4096) channels x 3 inputs, and 32 heads x 128 x 128, in 16 bits as engines do
+    assert linear.state_bytes == 49_152 + 1_048_576
     bf16 = found.row("bf16")
     assert bf16.bytes_per_token == 12 * 2 * 512 * 2
-    assert bf16.bytes_per_sequence == 100_000 * 24_576 + 36 * 2_146_304
+    assert bf16.bytes_per_sequence == 100_000 * 24_576 + 36 * 1_097_728
     tq4 = found.row("k4v4")
-    assert tq4.bytes_per_sequence == 100_000 * 12 * 2 * 260 + 36 * 2_146_304
+    assert tq4.bytes_per_sequence == 100_000 * 12 * 2 * 260 + 36 * 1_097_728
     assert found.weights.num_params == 79_674_391_296
 
 
@@ -190,12 +190,12 @@ def test_hybrid_reads_layer_types_and_the_state_dtype_of_nested_configs() -> Non
         "model_type": "qwen3_5_text",
         "num_experts": None,
         "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 16,
-        "mamba_ssm_dtype": "bfloat16",
+        "mamba_ssm_dtype": "float32",
     }
     found = plan({"model_type": "qwen3_5", "text_config": text})
     assert groups(found)["full"][0] == 16
     linear = next(group for group in found.layers if group.kind == "linear")
-    assert (linear.num_layers, linear.state_bytes) == (32, 49_152 + 1_048_576)
+    assert (linear.num_layers, linear.state_bytes) == (32, 49_152 + 2_097_152)
 
 
 def test_gemma3_sliding_layers_stop_at_their_window_and_stay_at_16_bits() -> None:

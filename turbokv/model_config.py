@@ -390,12 +390,12 @@ class ModelConfig:
         steps = self.number("linear_conv_kernel_dim") - 1
         if facts == "short_conv":
             return steps * self.number("hidden_size") * 2
-        width = 2 if self.get("mamba_ssm_dtype") in ("bfloat16", "float16") else 4
+        # engines keep states at the model's width unless the config asks for more
+        width = 4 if self.get("mamba_ssm_dtype") == "float32" else 2
         if facts == "gated_delta":
             k_dim, v_dim = self.linear_dims()
             state = v_dim * self.number("linear_key_head_dim") * width
             return (2 * k_dim + v_dim) * steps * 2 + state
-        # engines keep the state at the model's width unless the config asks for more
         width = 4 if self.get("mamba_ssm_cache_dtype") == "float32" else 2
         inner, groups = self.mamba_dims()
         conv = inner + 2 * groups * (self.number("mamba_d_state") if groups else 0)

@@ -60,9 +60,10 @@ def divisible_head_bytes(kinds: Sequence[TokenBytes]) -> list[int]:
     if not kinds:
         raise ValueError("kinds: wanted one or more, got none")
     largest = max(kind.layer_bytes for kind in kinds)
-    # how many of a kind's tokens may take the place of one of the largest: as many as fit, or fewer
+    # how many of a kind's tokens take the place of one of the largest: about as many as fit; more
+    # of them make the largest larger
     choices = [
-        sorted({max(1, largest // kind.layer_bytes - less) for less in (0, 1)}, reverse=True)
+        sorted({max(1, largest // kind.layer_bytes + more) for more in (-1, 0, 1)})
         for kind in kinds
     ]
     best: tuple[int, list[int]] | None = None

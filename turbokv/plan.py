@@ -3,8 +3,8 @@
 
 Everything is computed from a ``config.json``; no model is loaded and nothing is downloaded. Memory
 is counted in GiB, as drivers report it. Counted are the weights, a reserve for activations, and the
-cache in whole tiles of 16 tokens. Not counted: an engine's own padding of pages in models that mix
-kinds of layers.
+cache in whole tiles of 16 tokens; beside that, what vLLM makes of it, whose blocks hold pages of
+several layers (:mod:`turbokv.engine_pages`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
+from turbokv.engine_pages import BATCH_TOKENS, PageKind, vllm_tokens
 from turbokv.model_config import (
     LayerGroup,
     ModelConfig,
@@ -54,6 +55,9 @@ class CacheRow:
         Tokens of the longest single sequence, or None if nothing grows with the context.
     ratio
         Tokens that fit, relative to bf16.
+    vllm_tokens
+        What vLLM says its cache holds at this context, whole blocks and all layers' paddings
+        counted; None where a model's layers are not counted so (MLA).
     """
 
     name: str
@@ -65,6 +69,7 @@ class CacheRow:
     sequences: int
     longest_sequence: int | None
     ratio: float
+    vllm_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,33 @@ class _Format:
         return total
 
 
+def _pages(form: _Format, groups: Sequence[LayerGroup], chunked: bool) -> list[PageKind] | None:
+    """Return the layers as vLLM's pages hold them, None if there are kinds that are not counted."""
+    kinds = []
+    for group in groups:
+        if group.kind == "latent" or (form.preset is not None and 0 < group.k_dim < 33):
+            return None
+        if group.kind == "linear":
+            kinds.append(PageKind("state", group.num_layers, state_bytes=group.state_bytes))
+            continue
+        plain = (group.k_dim + group.v_dim) * 2
+        size = plain * form.bits // 16
+        if form.preset is not None:  # sliding windows are compressed there, too
+            if group.k_dim != group.v_dim:
+                return None
+            size = PageLayout(group.k_dim, *form.preset, TILE, 1).bytes_per_token
+        name: Literal["full", "sliding", "chunked"] = "full"
+        if group.kind == "sliding":
+            name = "chunked" if chunked else "sliding"
+        kinds.append(
+            PageKind(name, group.num_layers, group.num_kv_heads, size, plain, group.window)
+        )
+    states = [kind for kind in kinds if kind.kind == "state"]
+    if states and len(kinds) > 2:
+        return None
+    return kinds or None
+
+
 def _longest(form: _Format, groups: Sequence[LayerGroup], budget: int) -> int | None:
     growing = form.growing_tile(groups)
     if growing == 0:
@@ -171,6 +203,7 @@ def _rows(
     context: int,
     recent_fraction: float,
     presets: Sequence[str],
+    chunked: bool,
 ) -> Iterator[CacheRow]:
     forms = [_Format("bf16", 16), _Format("fp8", 8)]
     if any(group.is_compressible for group in groups):
@@ -182,6 +215,7 @@ def _rows(
         kept = 1 - recent_fraction if form.preset is not None else 1.0
         budget, sequence = cache_bytes - recent, form.sequence(groups, context)
         tile = form.growing_tile(groups)
+        pages = _pages(form, groups, chunked)
         yield CacheRow(
             name=form.name,
             bits_per_number=8 * tile / numbers if numbers else 0.0,
@@ -192,6 +226,9 @@ def _rows(
             sequences=budget // sequence,
             longest_sequence=_longest(form, groups, budget),
             ratio=kept * reference / sequence,
+            vllm_tokens=None
+            if pages is None
+            else vllm_tokens(pages, budget, context, compressed=form.preset is not None),
         )
 
 
@@ -230,6 +267,11 @@ def _notes(
         yield "no TurboKV pages for heads of 32 or less, nor for keys and values of different sizes"
     if kinds <= {"sliding", "linear"}:
         yield "no layer's cache grows with the context: TurboKV has nothing to compress"
+    if kinds & {"sliding", "linear"}:
+        yield (
+            "in vLLM: layers with a window keep the tokens of two steps of"
+            f" {BATCH_TOKENS:,} besides, linear ones two states; TurboKV compresses windows, too"
+        )
     if "linear" in kinds:
         yield "linear-attention layers hold a constant state per sequence, not compressed"
     limit = config.get("max_position_embeddings")
@@ -386,6 +428,7 @@ def plan(
     config, folder = read_model(model, model_type)
     ranks = _ranks(config, tensor_parallel, pipeline_parallel, data_parallel)
     layers = config.layers()
+    chunked = config.family == "llama4"  # the only one whose windows are chunks
     stages = []
     for rank in ranks:
         own = [layers[i] for i in rank.layers]
@@ -393,7 +436,7 @@ def plan(
         weights = count_weights(config, folder, weight_bits, [rank])
         room = max(0, usable - reserve - weights.num_bytes)
         if groups or len(ranks) == 1:
-            rows = tuple(_rows(groups, room, context, recent_fraction, presets))
+            rows = tuple(_rows(groups, room, context, recent_fraction, presets, chunked))
             stages.append((groups, weights, room, rows))
     # every stage with states has to hold those of every sequence
     groups, weights, room, rows = min(stages, key=lambda stage: stage[3][0].tokens)
@@ -451,7 +494,15 @@ def render(plan: Plan) -> Table:
         caption_justify="left",
     )
     table.add_column("cache")
-    for title in ("bits/number", "bytes/token", "per sequence", "tokens", "sequences", "longest"):
+    for title in (
+        "bits/number",
+        "bytes/token",
+        "per sequence",
+        "tokens",
+        "sequences",
+        "longest",
+        "in vLLM",
+    ):
         table.add_column(title, justify="right")
     table.add_column("vs bf16", justify="right")
     for row in plan.rows:
@@ -463,6 +514,7 @@ def render(plan: Plan) -> Table:
             f"{row.tokens:,}",
             f"{row.sequences:,}",
             "any" if row.longest_sequence is None else f"{row.longest_sequence:,}",
+            "" if row.vllm_tokens is None else f"{row.vllm_tokens:,}",
             f"{row.ratio:.2f}x",
         )
     return table

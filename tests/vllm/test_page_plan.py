@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.vllm import asked
+from turbokv.engine_pages import BATCH_TOKENS
+from turbokv.plan import plan
 
 # the newest: 0.26, which is patched, sizes pages itself
 ALL = [vllm for vllm in [*asked.installed(), *asked.fetched()[-1:]] if not vllm.is_patched]
@@ -117,6 +119,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         config.save_pretrained(made / name)
         path = made / name / "config.json"
         written = json.loads(path.read_text()) | {"architectures": [name], "dtype": "bfloat16"}
+        # as published checkpoints say it, not as the newest Transformers writes it
+        if written.pop("per_layer_config", None) is not None:
+            written |= settings
         path.write_text(json.dumps(written))
     with asked.running(ALL[-1]):
         yield made
@@ -172,4 +177,16 @@ def test_chunked_local_attention_has_compressed_pages(folder: pathlib.Path) -> N
         "FullAttentionSpec",
     }
     assert found["slots"] == [132]
+    assert found["block_size"] == 64
     assert found["capacity"] > 3.8 * plain["capacity"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_turbokv_plan_says_what_vllm_will_hold(name: str, folder: pathlib.Path) -> None:
+    found = plan(folder / name, gpu_memory=400, context=131_072, recent_fraction=0)
+    memory = {"memory": found.cache_bytes, "max_num_batched_tokens": BATCH_TOKENS}
+    for row, dtype in (("bf16", "auto"), ("k4v4", "tq4"), ("k5v4", "tq_k5v4"), ("k2v2", "tq2")):
+        engine = describe(folder / name, dtype, **memory)["capacity"]
+        planned = found.row(row).vllm_tokens
+        assert planned is not None
+        assert abs(planned - engine) < 0.01 * engine, (row, planned, engine)

@@ -17,6 +17,7 @@ import logging
 import math
 from typing import Any
 
+from turbokv.engine_pages import plain_hybrid_block
 from turbokv.integrations.vllm import compat, dtypes
 from turbokv.page_sizes import TokenBytes, divisible_head_bytes, hybrid_block_size
 
@@ -115,7 +116,7 @@ def align_hybrid(vllm_config: Any) -> bool:
     heads, dim, dtype = shapes.pop()
     aligned = cache.mamba_cache_mode == "align"
     step = math.lcm(cache.block_size, _checkpoint_alignment(vllm_config) if aligned else 1)
-    limit = 2 * _plain_block_size(state_bytes, 4 * heads * dim)
+    limit = 2 * plain_hybrid_block(state_bytes, 4 * heads * dim)
     if aligned:  # vLLM computes a block in one step
         limit = min(limit, int(vllm_config.scheduler_config.max_num_batched_tokens))
     token_bytes = len(layers) * heads * slot_bytes(dtype, heads, dim)
@@ -134,7 +135,7 @@ def say_step(vllm_config: Any) -> None:
     layers = _attention_layers(vllm_config)
     if not cache.enable_prefix_caching or not layers:
         return
-    plain = _plain_block_size(
+    plain = plain_hybrid_block(
         _state_bytes(vllm_config), 4 * layers[0].num_kv_heads * layers[0].head_size
     )
     logger.info(
@@ -143,11 +144,6 @@ def say_step(vllm_config: Any) -> None:
         cache.block_size,
         plain,
     )
-
-
-def _plain_block_size(state_bytes: int, token_bytes: int) -> int:
-    """Return the tokens of vLLM's block with a cache in 16 bits."""
-    return 16 * -(-state_bytes // (16 * token_bytes))
 
 
 def _state_bytes(vllm_config: Any) -> int:

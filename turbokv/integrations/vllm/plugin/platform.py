@@ -110,7 +110,9 @@ def _order_all(platform: Any) -> None:
         found = find(vllm_config)
         if dtype not in CACHE_DTYPES:
             return found
-        return sorted(found, key=lambda backend: not _serves(backend, dtype))
+        ours = [backend for backend in found if _serves(backend, dtype)]
+        # chunked layers (Llama 4) have a class derived from ours, whose pages are the same
+        return [*ours[:1], *(backend for backend in found if backend not in ours)]
 
     platform._find_non_ssm_backends = _find_non_ssm_backends
 
