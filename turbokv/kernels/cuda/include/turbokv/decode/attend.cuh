@@ -157,7 +157,10 @@ struct attention_t {
       if (copies != 0) Postpone(copies, token0);
       is_clear = is_clear && copies == 0 && !mask.capped && !AnyUncentred(stage);
     }
-    constexpr bool kTwoBodies = C::kColumns <= 8;  // more rows leave no registers to gain anything
+    // where there are registers for two
+    constexpr bool kTwoBodies =
+        C::kColumns == 4 ||
+        (C::kColumns == 8 && !(C::kAllFeatures && C::kProducts == products_t::kInteger));
     if (kTwoBodies && is_clear) {
       Attend<false>(stage, token0, copies);
     } else if (copies != C::kAllTiles) {
