@@ -18,4 +18,11 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   return BitCast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+
 #endif  // TURBOKV_EMULATED_CUDA_BF16_H_

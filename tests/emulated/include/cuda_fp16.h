@@ -35,6 +35,7 @@ inline __half __ushort_as_half(unsigned short x) { return {x}; }
 inline unsigned short __half_as_ushort(__half x) { return x.bits; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
 inline __half2 __float2half2_rn(float x) { return __floats2half2_rn(x, x); }
+inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
 inline float __low2float(__half2 x) { return __half2float(x.x); }
 inline float __high2float(__half2 x) { return __half2float(x.y); }
 inline __half2 __hadd2(__half2 a, __half2 b) {

@@ -17,6 +17,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __shared__ static
 #define threadIdx (simt::dim_t{static_cast<unsigned>(simt::current), 0, 0})
 #define blockIdx (simt::block_index)
 #define gridDim (simt::grid_size)
@@ -42,9 +43,14 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -61,6 +67,20 @@ inline float __uint_as_float(uint32_t x) { return BitCast<float>(x); }
 inline float __int_as_float(int x) { return BitCast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return BitCast<uint32_t>(x); }
 inline int __float_as_int(float x) { return BitCast<int>(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t n) {
+  n &= 31;
+  return n ? high << n | low >> (32 - n) : high;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t n) {
+  n &= 31;
+  return n ? low >> n | high << (32 - n) : low;
+}
+inline uint32_t __vmaxu4(uint32_t a, uint32_t b) {
+  uint32_t r = 0;
+  for (int i = 0; i < 32; i += 8) r |= std::max(a >> i & 255, b >> i & 255) << i;
+  return r;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
@@ -123,6 +143,10 @@ T __shfl_xor_sync(uint32_t, T x, int mask) {
 template <class T>
 T __shfl_up_sync(uint32_t, T x, int by) {
   return Shuffle(x, Lane() >= by ? Lane() - by : Lane());
+}
+template <class T>
+T __shfl_down_sync(uint32_t, T x, int by) {
+  return Shuffle(x, Lane() + by < 32 ? Lane() + by : Lane());
 }
 inline uint32_t __ballot_sync(uint32_t, bool x) {
   return simt::Together<int, uint32_t>(kVote, static_cast<int>(x),

@@ -25,6 +25,18 @@ inline uint32_t SharedAddress(const void* p) {
 }
 inline uint8_t* FromShared(uint32_t address) { return simt::dynamic_shared + address; }
 
+inline uint32_t LoadShared(uint32_t address) {
+  uint32_t x;
+  std::memcpy(&x, FromShared(address), 4);
+  return x;
+}
+template <typename T>
+void Touch(const T* p) {
+  (void)*reinterpret_cast<const volatile char*>(p);
+}
+inline void AndGlobal(uint32_t* word, uint32_t mask) { *word &= mask; }
+inline void OrGlobal(uint32_t* word, uint32_t bits) { *word |= bits; }
+
 // --- arithmetic ---
 
 inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
