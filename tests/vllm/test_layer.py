@@ -127,6 +127,35 @@ def test_decode_is_attention_over_what_is_expanded(changed: dict[str, object]) -
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_pages_before_a_sliding_window_are_not_read() -> None:
+    """They may be another request's by now, of a layer whose bytes mean something else."""
+    layer = cache_layer("tq4")
+    stored = Stored(layer, 300)
+    q = torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(1))
+    lens, indptr = torch.tensor([300], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    outs = []
+    for byte in (None, 0xFF):  # all ones are no number as a scale
+        if byte is not None:
+            stored.pages[stored.table[: 250 // PAGE].long()] = byte
+        outs.append(torch.empty(3, 4, DIM))
+        kernels.decode(
+            layer,
+            q,
+            stored.pages,
+            PAGE,
+            stored.table[None],
+            lens,
+            indptr,
+            3,
+            None,
+            outs[-1],
+            None,
+            **{**SETTINGS, "sliding_window": 40},  # type: ignore[arg-type]
+        )
+    assert outs[0].isfinite().all()
+    torch.testing.assert_close(outs[0], outs[1], atol=0, rtol=0)
+
+
 def test_an_empty_row_of_a_padded_batch_answers_zero() -> None:
     layer = cache_layer("tq4")
     stored = Stored(layer, 40)

@@ -191,7 +191,12 @@ def decode(
         if own.start == own.stop or length <= 0:
             out[own] = 0
             continue
-        k, v = _read(layer, pages, page_size, block_table[row], 0, length, tile_slots)
+        begin = 0
+        if sliding_window is not None:
+            # pages before the window may be another request's, and of another kind of layer
+            count = own.stop - own.start
+            begin = max(0, length - count + 1 - sliding_window) // TILE * TILE
+        k, v = _read(layer, pages, page_size, block_table[row], begin, length, tile_slots)
         found, _ = _attention(q[own], k, v, sm_scale, True, sliding_window, logits_soft_cap, sinks)
         out[own] = found.to(out.dtype)
 
