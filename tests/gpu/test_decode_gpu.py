@@ -115,7 +115,8 @@ def test_scores_that_rise_and_fall_move_exponents(pair: tuple[int, int]) -> None
         k *= (6 * factor - 3).exp2().half()
         problem.expected, problem.expected_lse = problem.solve()
         problem.poison()
-        check(problem, loose=4)
+        # scores, and with them their errors, are up to eight times as large as elsewhere
+        check(problem, loose=8)
 
 
 @pytest.mark.parametrize("marked", [0.0, 0.001])
