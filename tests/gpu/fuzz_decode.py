@@ -135,11 +135,14 @@ def compile_all(shapes: tuple[tuple[int, int, int], ...], device: str) -> None:
     """Have every kernel ready; those that were not compiled ahead of time are compiled now."""
     loaded = library.load()
     wanted = {Variant("decode", 1 << (dim - 1).bit_length(), *bits) for dim, *bits in shapes}
+    missing = wanted - loaded.variants
+    if missing:
+        print(f"compiling {len(missing)} kernels, which takes minutes", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compile_one = functools.partial(
             jit.compile_variant, archs=library.device_archs(loaded.archs)
         )
-        list(pool.map(compile_one, wanted - loaded.variants))
+        list(pool.map(compile_one, missing))
     for shape in shapes:
         codec = codec_of(*shape, device)
         cuda.prepare("decode", codec.vector_format("k"), codec.vector_format("v"))
