@@ -86,6 +86,18 @@ def why_not() -> str | None:
     return None
 
 
+def why_no_engine() -> str | None:
+    """Return why no engine can be run in this process, or None."""
+    reason = why_not()
+    if reason is not None or on_cpu():
+        return reason
+    if not torch.cuda.is_available():
+        return "neither vLLM's CPU engine nor a GPU"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # vLLM's own kernels need the compiler
+        return "Triton interprets in this run; a GPU's is one of -m gpu"
+    return None
+
+
 def on_cpu() -> bool:
     """Whether this vLLM runs on the CPU."""
     from vllm.platforms import current_platform

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,18 +20,12 @@ from tests.vllm import engine as e
 from tests.vllm import models
 from turbokv.integrations.vllm.window.pool import live_windows
 
-if (reason := e.why_not()) is not None:
+if (reason := e.why_no_engine()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 CPU = e.on_cpu()
-if not CPU and not torch.cuda.is_available():
-    pytest.skip("neither vLLM's CPU engine nor a GPU", allow_module_level=True)
 if not CPU:
     pytestmark = pytest.mark.gpu
-    if os.environ.get("TRITON_INTERPRET") == "1":  # vLLM's own kernels need the compiler
-        pytest.skip(
-            "Triton interprets in this run; a GPU's is one of -m gpu", allow_module_level=True
-        )
 
 gpu_only = pytest.mark.skipif(CPU, reason="needs a GPU")
 # Widths whose error is small beside what a lost or doubled token does to a random model.

@@ -16,6 +16,9 @@ import torch
 
 from tests.vllm import drafters, models
 from tests.vllm import engine as e
+
+if (reason := e.why_no_engine()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 from tests.vllm.test_engine import (
     BARE,
     CPU,
