@@ -199,9 +199,15 @@ def test_plan_and_doctor_on_the_command_line(tmp_path: pathlib.Path) -> None:
     assert runner.invoke(cli.app, ["doctor"]).exit_code == 0
 
 
-def test_threads_and_dtype_are_checked() -> None:
-    with pytest.raises(ValueError, match="dtype: wanted float32, bfloat16 or float16, got 'int8'"):
-        cli._load(None, "int8", "cpu")
+def test_dtype_device_and_threads_are_checked() -> None:
+    with pytest.raises(ValueError, match="dtype: wanted float32 or bfloat16 or float16, got"):
+        cli._check_compute("int8", "cpu", 0)
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device: wanted a device that PyTorch can use"):
-            cli._load(None, "float32", "cuda")
+        with pytest.raises(ValueError, match="device: wanted one that PyTorch can use, got 'cuda'"):
+            cli._check_compute("float32", "cuda", 0)
+    before = torch.get_num_threads()
+    try:
+        cli._check_compute("float32", "cpu", before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

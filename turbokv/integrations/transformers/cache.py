@@ -46,7 +46,8 @@ class TurboKVCache(Cache):  # type: ignore[misc]
     config
         The model, or only its config. Layers other than full attention (sliding, chunked, linear)
         get the layer that Transformers' ``DynamicCache`` gives them and stay uncompressed: they are
-        bounded.
+        bounded. Windows as long as the longest context are full attention, and so is attention
+        beside a recurrent state, which stays as it is.
     k_bits, v_bits
         Widths, 2 to 8; K carries most of the error, so give it the larger one.
     window
