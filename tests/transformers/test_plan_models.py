@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModel
 
 from tests.transformers.tiny_models import DECODERS, INSIDE, NEEDED, build, published, shrunk
 from turbokv.model_config import ModelConfig, layer_groups
@@ -28,6 +28,16 @@ def test_parameters_are_within_a_percent_of_the_model(family: str) -> None:
         found = plan(raw, gpu_memory=10_000).weights
         assert found.source.startswith("estimated")
         assert found.num_params == pytest.approx(count, rel=0.01)
+
+
+@pytest.mark.parametrize("family", sorted(INSIDE))
+def test_decoders_inside_models_that_see_are_counted(family: str) -> None:
+    config = CONFIG_MAPPING[DECODERS[family]]()
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    headless = {**config.to_dict(), "tie_word_embeddings": True}
+    assert plan(headless, gpu_memory=10_000).weights.num_params == pytest.approx(count, rel=0.01)
 
 
 def held(cache: Any) -> Counter[tuple[int, int, int]]:
