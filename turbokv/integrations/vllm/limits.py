@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 # The kernel takes any number, in blocks of up to 16 rows, a row for each query and head of a group,
-# and reads the pages once for each block. More drafts than these have not been measured.
+# and reads the pages once for each block. Answers are tested up to these numbers of rows, the time
+# that they take is not measured yet (scripts/bench_verify.py).
 MAX_DRAFT_TOKENS = 15
 # Queries of one request that decode attends with in one call; longer rows are prefill. A draft
 # model reads the sampled token and the drafts of a step, and one token besides.
