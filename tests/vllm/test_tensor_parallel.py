@@ -48,6 +48,8 @@ def test_two_processes_answer_like_one(
     split: str, calibration: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank holds one of two KV heads, a stage two of four layers: offsets and copies, too."""
+    if CPU and split == "pipeline_parallel_size":
+        pytest.skip("vLLM's CPU engine gives its second stage nothing to start from")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     model = models.make_tiny("biased", tmp_path / "model")
     options: dict[str, Any] = {"window": 32, "sinks": 4, "calibration": calibration}
