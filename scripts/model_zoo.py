@@ -61,7 +61,7 @@ def row(found: dict[str, Any]) -> str:
     ]
     served, remark = "yes", ""
     if found.get("refusal"):
-        served, remark = "refused", found["refusal"].split(": ", 2)[-1]
+        served, remark = "refused", found["refusal"]
     elif found.get("no_reference"):
         served, remark = "not here", "vLLM with a 16-bit cache: " + found["no_reference"]
     elif found.get("failure"):
