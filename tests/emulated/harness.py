@@ -31,6 +31,8 @@ CACHE = Path(tempfile.gettempdir()) / f"turbokv-emulated-{os.getuid()}"
 FLAGS = (
     *("-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-x", "c++"),
+    # a vector at the wrong address is an error on a GPU and none on x86
+    *("-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"),
 )
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
