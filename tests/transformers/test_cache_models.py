@@ -129,4 +129,7 @@ def test_generate_and_calibrate_hybrids(family: str) -> None:
     found = model.generate(ids, past_key_values=cache, **options)
     want = model.generate(ids, past_key_values=DynamicCache(config=config), **options)
     assert torch.equal(found, want)
-    assert cache.calibration is not None and cache.calibration.layers
+    assert cache.calibration is not None
+    # Zamba2's attention follows recurrent layers, whose states make the keys of a repeated token
+    # differ: its rotary embedding is not recognised, and its keys stay as they are
+    assert bool(cache.calibration.layers) == (family == "falcon_h1")

@@ -4,8 +4,6 @@
 #ifndef TURBOKV_DECODE_THREE_BITS_CUH_
 #define TURBOKV_DECODE_THREE_BITS_CUH_
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
 #include "turbokv/codebook.cuh"
