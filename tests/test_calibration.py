@@ -40,7 +40,7 @@ def example() -> Calibration:
         v_scale=torch.rand(HEADS, DIM, dtype=torch.float32) + 0.5,
         v_shift=torch.randn(HEADS, DIM, dtype=torch.float32),
         k_codebook=Codebook(3, (9, 30, 54, 90), 0.025, 5),
-        k_spread=torch.rand(HEADS) + 1,
+        k_spread=torch.rand(HEADS, dtype=torch.float32) + 1,
     )
     return Calibration(fingerprint(), {0: full, 5: LayerCalibration()}, {"from": "text"})
 
@@ -98,7 +98,7 @@ def rewrite(path: pathlib.Path, change: object) -> None:
     """Save a file whose header went through ``change``."""
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1,  # the one that has no seal
         "fingerprint": {"config_sha256": "a", "sketch": [], "name": ""},
         "source": {},
         "layers": {"0": {"interleaved": False}},
@@ -114,11 +114,25 @@ def rewrite(path: pathlib.Path, change: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "wanted version 1, got 99"),
+        ({"version": 99}, f"wanted version 1 to {VERSION}, and it has 99, got .*c.safetensors"),
+        ({"version": VERSION}, "wanted a seal since version 2 and none before"),
+        ({"version": True}, "wanted version 1 to"),
+        ({"version": "1"}, "wanted version 1 to"),
         ({"fingerprint": {}}, "wanted a complete header"),
         ({"layers": {"3": {"interleaved": False}}}, "wanted a complete header"),
         ({"layers": {"0": {"k_codebook": {"bits": 4}}}}, "wanted a complete header"),
         ({"layers": []}, "wanted a complete header"),
+        ({"layers": {"00": {"interleaved": False}}}, "wanted their indices, got '00'"),
+        ({"layers": {"0": {"interleaved": 0}}}, "interleaved: wanted true or false"),
+        ({"layers": {"0": {"interleaved": False, "map": 1}}}, "wanted interleaved, k_codebook"),
+        ({"layers": {}}, "wanted those of the header's layers, got .*'0.inv_freq', '0.mu'"),
+        ({"format": "other"}, "format: wanted turbokv-calibration, got 'other'"),
+        ({"more": 1}, "wanted format, version, fingerprint, source, layers, got"),
+        ({"fingerprint": {"config_sha256": 1, "sketch": [], "name": ""}}, "wanted a string"),
+        (
+            {"fingerprint": {"config_sha256": "", "sketch": [float("nan")], "name": ""}},
+            "wanted finite numbers, got NaN",
+        ),
     ],
 )
 def test_damaged_headers_are_refused(

@@ -81,11 +81,10 @@ def test_a_calibration_that_cannot_be_written_leaves_the_old_one(
     made.save(path)
     before = path.read_bytes()
 
-    def full_disk(tensors: object, target: pathlib.Path, metadata: object) -> None:
-        pathlib.Path(target).write_bytes(before[:20])
+    def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("turbokv.calibration.save_file", full_disk)
+    monkeypatch.setattr("turbokv.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         made.save(path)
     assert path.read_bytes() == before and names(tmp_path) == ["c.safetensors"]

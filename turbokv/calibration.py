@@ -3,33 +3,31 @@
 
 A file is safetensors with one JSON document in its header. It names the format version, the model's
 fingerprint and the widths that calibrated codebooks were made for; a file of another version or
-another model is refused.
+another model is refused, and so is one of which a single bit was changed (:mod:`turbokv.sealed`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pathlib
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from turbokv.centring import SEGMENT, KeyOffsets, Rotary
 from turbokv.core import Codebook
-from turbokv.files import written_whole
+from turbokv.fingerprint import SKETCH_SIZE as SKETCH_SIZE
+from turbokv.fingerprint import Fingerprint
+from turbokv.fingerprint import architecture_sha256 as architecture_sha256
+from turbokv.sealed import SEAL, DamagedFileError, check_finite, read_sealed, write_sealed
 
 FORMAT = "turbokv-calibration"
-SKETCH_SIZE = 64
-VERSION = 1
-# Embedding samples of the same weights in another dtype agree to bf16's rounding (2^-9); those of
-# an unrelated model do not agree at all.
-SKETCH_TOLERANCE = 0.02
+# 1 had no seal; its files are still read.
+VERSION = 2
+_SEALED_SINCE = 2
 # Four times the energy to quantise is four times the squared error: what a bit less would give.
 _ENERGY_PER_BIT = 4.0
 # SmolLM2 diverges less than fp8 with 1.3 of 4 bits lost in its weakest layer, so that is borne; a
@@ -40,91 +38,6 @@ _WIDTH_THAT_HOLDS = 2.0
 
 class CalibrationError(ValueError):
     """A calibration file that cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Which model a calibration belongs to.
-
-    Attributes
-    ----------
-    config_sha256
-        Hash of the fields of the config that shape keys and values.
-    sketch
-        SKETCH_SIZE samples of the input embedding, to tell models of one architecture apart.
-    name
-        For messages only.
-    """
-
-    config_sha256: str
-    sketch: tuple[float, ...]
-    name: str = ""
-
-    def mismatch(self, other: Fingerprint) -> str | None:
-        """Return why the two differ, or None.
-
-        Where ``other`` has no samples, as when only a config is at hand, the architecture decides.
-        """
-        if self.config_sha256 != other.config_sha256:
-            return (
-                f"its architecture hashes to {self.config_sha256[:12]} ({self.name or 'unnamed'}),"
-                f" this model's to {other.config_sha256[:12]} ({other.name or 'unnamed'})"
-            )
-        if not other.sketch:
-            return None
-        a, b = (
-            torch.tensor(sketch, dtype=torch.float64, device="cpu")
-            for sketch in (self.sketch, other.sketch)
-        )
-        if a.shape != b.shape or float((a - b).norm()) > SKETCH_TOLERANCE * float(b.norm()):
-            return (
-                f"the architecture is the same but the weights are not"
-                f" ({self.name or 'unnamed'} against {other.name or 'unnamed'})"
-            )
-        return None
-
-
-def architecture_sha256(config: Any) -> str:
-    """Hash what shapes a model's keys and values.
-
-    Parameters
-    ----------
-    config
-        As of Transformers (vLLM's ``hf_config`` is one). Written so that defaults spelt out or
-        left out, and integers or floats, give the same hash: engines complete configs differently.
-    """
-    get_text = getattr(config, "get_text_config", None)
-    text = config if get_text is None else get_text(decoder=True)
-    heads = int(text.num_attention_heads)
-    fields = {
-        "model_type": str(text.model_type),
-        "hidden_size": int(text.hidden_size),
-        "num_hidden_layers": int(text.num_hidden_layers),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(getattr(text, "num_key_value_heads", None) or heads),
-        "head_dim": int(getattr(text, "head_dim", None) or int(text.hidden_size) // heads),
-        "rope": _rope_fields(text),
-    }
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _rope_fields(text: Any) -> Any:
-    """Return kind, base and factor of the rotary embedding, by kind of layer where they differ."""
-    found = getattr(text, "rope_parameters", None)
-    if not found:
-        scaling = getattr(text, "rope_scaling", None) or {}
-        found = {"rope_theta": getattr(text, "rope_theta", None), **scaling}
-
-    def one(entry: Any) -> list[Any]:
-        theta, factor = entry.get("rope_theta"), entry.get("factor")
-        return [
-            str(entry.get("rope_type") or entry.get("type") or "default"),
-            None if theta is None else float(theta),
-            None if factor is None else float(factor),
-        ]
-
-    nested = {key: one(entry) for key, entry in found.items() if isinstance(entry, dict)}
-    return nested or one(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,17 +267,19 @@ class Calibration:
             "source": self.source,
             "layers": layers,
         }
-        # clones, because layers may share a tensor of rotary frequencies and safetensors refuses
-        # that
-        whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-        with written_whole(path, "path") as fresh:
-            save_file(whole, fresh, metadata={FORMAT: json.dumps(header)})
+        try:
+            for index, layer in self.layers.items():
+                _check_numbers(index, layer)
+            text = json.dumps(header, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"calibration: wanted numbers that can be used, but {error}") from None
+        write_sealed(path, "path", tensors, {FORMAT: text})
 
     @classmethod
     def load(
         cls, path: str | pathlib.Path, *, fingerprint: Fingerprint | None = None
     ) -> Calibration:
-        """Read a file written by :meth:`save`.
+        """Read a file written by :meth:`save`, of this version or the one before.
 
         Parameters
         ----------
@@ -378,54 +293,173 @@ class Calibration:
         FileNotFoundError
             If there is no such file.
         CalibrationError
-            If the file is damaged, of another kind or version, or of another model.
+            If the file is damaged, of another kind or version, or of another model. Every bit of
+            files since version 2 is under a seal; of version 1, damage within numbers that stay
+            finite goes unseen.
         """
         path = pathlib.Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"calibration: wanted a file, got {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(FORMAT)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError, OSError) as error:
+            tensors, metadata = read_sealed(path)
+        except (DamagedFileError, OSError) as error:
             raise CalibrationError(
                 f"calibration: wanted a safetensors file, got {path} ({error})"
             ) from error
-        if text is None:
+        if FORMAT not in metadata:
             raise CalibrationError(f"calibration: wanted a {FORMAT} file, got {path}")
         try:
-            header = json.loads(text)
-            version = header["version"]
-            if version != VERSION:
-                raise CalibrationError(f"calibration: wanted version {VERSION}, got {version}")
-            found = header["fingerprint"]
-            calibration = cls(
-                Fingerprint(found["config_sha256"], tuple(found["sketch"]), found["name"]),
-                {int(i): _layer(int(i), e, tensors) for i, e in header["layers"].items()},
-                header["source"],
-            )
-        except CalibrationError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            calibration = _decode(metadata[FORMAT], tensors, SEAL in metadata)
+        except _VersionError as error:
+            raise CalibrationError(f"calibration: wanted {error}, got {path}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CalibrationError(
-                f"calibration: wanted a complete header, got {path} ({error!r})"
+                f"calibration: wanted a complete header and usable tensors, got {path} ({error!r})"
+            ) from error
+        except RecursionError as error:
+            raise CalibrationError(
+                f"calibration: wanted a header of few levels, got {path}"
             ) from error
         if fingerprint is not None:
-            calibration.check_model(fingerprint)
+            reason = calibration.fingerprint.mismatch(fingerprint)
+            if reason is not None:
+                raise CalibrationError(
+                    f"calibration: wanted one of this model, but {reason}, got {path}"
+                )
         return calibration
 
 
+# --- reading: nothing in a file is believed -------------------------------------------------------
+
+
+class _VersionError(ValueError):
+    """A header of another version."""
+
+
+def _decode(text: str, tensors: dict[str, Tensor], is_sealed: bool) -> Calibration:
+    """Build what a file's header and tensors describe.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError, RecursionError
+        If a part is missing, is there without being known, or has a value that nothing can use.
+    """
+    header = json.loads(text, parse_constant=_no_constant)
+    version = header["version"]
+    if type(version) is not int or version not in range(1, VERSION + 1):
+        raise _VersionError(f"version 1 to {VERSION}, and it has {str(version)[:20]}")
+    if is_sealed != (version >= _SEALED_SINCE):
+        with_seal = f"a seal since version {_SEALED_SINCE} and none before"
+        raise _VersionError(
+            f"{with_seal}, and version {version} has {'one' if is_sealed else 'none'}"
+        )
+    _only(header, "format", "version", "fingerprint", "source", "layers")
+    if header["format"] != FORMAT:
+        raise ValueError(f"format: wanted {FORMAT}, got {str(header['format'])[:40]!r}")
+    found = header["fingerprint"]
+    _only(found, "config_sha256", "sketch", "name")
+    left = dict(tensors)
+    layers = {}
+    for key, entry in _dict(header["layers"]).items():
+        index = int(key)
+        if str(index) != key or index < 0:
+            raise ValueError(f"layers: wanted their indices, got {key[:20]!r}")
+        layers[index] = _layer(index, entry, left)
+    if left:
+        raise ValueError(f"tensors: wanted those of the header's layers, got {sorted(left)[:3]}")
+    mark = Fingerprint(
+        _text(found["config_sha256"]),
+        tuple(_number(x) for x in found["sketch"]),
+        _text(found["name"]),
+    )
+    return Calibration(mark, layers, _dict(header["source"]))
+
+
 def _layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerCalibration:
-    """Build one layer from its header entry and the file's tensors."""
-    offsets = None
+    """Build one layer from its header entry, and take its tensors out of the file's."""
+    books = ("k_codebook", "v_codebook")
+    _only(entry, "interleaved", *books, optional=True)
+    found: dict[str, Any] = {name: tensors.pop(f"{index}.{name}", None) for name in _TENSORS}
     if "interleaved" in entry:
-        rotary = Rotary(tensors[f"{index}.inv_freq"], bool(entry["interleaved"]))
-        offsets = KeyOffsets(tensors[f"{index}.mu"], rotary)
-    found: dict[str, Any] = {name: tensors.get(f"{index}.{name}") for name in _TENSORS}
-    for name in ("k_codebook", "v_codebook"):
+        if not isinstance(entry["interleaved"], bool):
+            raise TypeError(f"interleaved: wanted true or false, got {entry['interleaved']!r}")
+        rotary = Rotary(tensors.pop(f"{index}.inv_freq"), entry["interleaved"])
+        found["offsets"] = KeyOffsets(tensors.pop(f"{index}.mu"), rotary)
+    for name in books:
         if name in entry:
-            book = dict(entry[name])
+            book = _dict(entry[name])
+            _only(book, "bits", "magnitudes", "step", "frac_bits")
+            magnitudes = tuple(_number(x) for x in book["magnitudes"])
             found[name] = Codebook(
-                book["bits"], tuple(book["magnitudes"]), book["step"], book["frac_bits"]
+                book["bits"], magnitudes, _number(book["step"]), book["frac_bits"]
             )
-    return LayerCalibration(offsets=offsets, **found)
+    layer = LayerCalibration(**found)
+    _check_numbers(index, layer)
+    return layer
+
+
+def _check_numbers(index: int, layer: LayerCalibration) -> None:
+    """Refuse tensors of other dtypes and shapes than a layer's, and numbers that nothing can use.
+
+    Raises
+    ------
+    ValueError
+        Naming the tensor.
+    """
+    tensors = {f"{index}.{name}": getattr(layer, name) for name in _TENSORS}
+    if layer.offsets is not None:
+        tensors[f"{index}.mu"] = layer.offsets.mu
+        inv_freq = layer.offsets.rotary.inv_freq
+        if inv_freq.ndim != 1 or inv_freq.dtype != torch.float64:
+            raise ValueError(
+                f"{index}.inv_freq: wanted float64 [rotary_dim / 2],"
+                f" got {inv_freq.dtype} {list(inv_freq.shape)}"
+            )
+        check_finite(f"{index}.inv_freq", inv_freq)
+    heads = {}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        dims = 1 if name.endswith(".k_spread") else 2
+        if tensor.ndim != dims or tensor.dtype != torch.float32 or not tensor.numel():
+            raise ValueError(
+                f"{name}: wanted float32 of {dims} dimensions, got {tensor.dtype}"
+                f" {list(tensor.shape)}"
+            )
+        check_finite(name, tensor)
+        least = float(tensor.min())
+        if (name.endswith("_scale") and least <= 0) or (name.endswith("_spread") and least < 0):
+            raise ValueError(f"{name}: wanted positive numbers, got {least}")
+        heads[name] = tensor.shape[0]
+    if len(set(heads.values())) > 1:
+        raise ValueError(f"layer {index}: wanted one number of heads, got {heads}")
+
+
+def _only(found: Any, *names: str, optional: bool = False) -> None:
+    """Refuse an object of a header with other members than ``names``."""
+    got = set(_dict(found))
+    if got - set(names) or (not optional and got != set(names)):
+        raise ValueError(f"header: wanted {', '.join(names)}, got {sorted(got)[:8]}")
+
+
+def _dict(found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise TypeError(f"header: wanted an object, got {type(found).__name__}")
+    return found
+
+
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise TypeError(f"header: wanted a string, got {type(found).__name__}")
+    return found
+
+
+def _number(found: Any) -> float:
+    """Return an int or finite float as it is: codebooks tell them apart."""
+    if type(found) not in (int, float) or not math.isfinite(found):
+        raise TypeError(f"header: wanted a finite number, got {str(found)[:20]!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"header: wanted finite numbers, got {name}")

@@ -13,6 +13,8 @@ from torch import Tensor
 from turbokv._codebooks import CODEBOOKS
 
 MIN_BITS, MAX_BITS = 2, 8
+# Kernels put it into the exponent of an fp16 number.
+MAX_FRAC_BITS = 20
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -52,12 +54,18 @@ class Codebook:
         want = 1 << (self.bits - 1)
         if len(self.magnitudes) != want:
             raise ValueError(f"magnitudes: wanted {want} values, got {len(self.magnitudes)}")
+        if not all(map(math.isfinite, self.magnitudes)):
+            raise ValueError(f"magnitudes: wanted finite numbers, got {self.magnitudes}")
         if any(b <= a for a, b in zip(self.magnitudes, self.magnitudes[1:], strict=False)):
             raise ValueError(f"magnitudes: wanted strictly ascending, got {self.magnitudes}")
         if self.magnitudes[0] < 0 or self.magnitudes[-1] > 127:
             raise ValueError(f"magnitudes: wanted 0 to 127, got {self.magnitudes}")
         if not (math.isfinite(self.step) and self.step > 0):
             raise ValueError(f"step: wanted a positive number, got {self.step}")
+        if type(self.frac_bits) is not int or not 0 <= self.frac_bits <= MAX_FRAC_BITS:
+            raise ValueError(
+                f"frac_bits: wanted an int from 0 to {MAX_FRAC_BITS}, got {self.frac_bits!r}"
+            )
 
     @classmethod
     def gaussian(cls, bits: int) -> Codebook:

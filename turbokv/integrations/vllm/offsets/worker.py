@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from turbokv.calibration import Calibration, Fingerprint, LayerCalibration
+from turbokv.calibration import Calibration, LayerCalibration
 from turbokv.centring import KeyOffsets
+from turbokv.fingerprint import Fingerprint
 from turbokv.integrations.vllm import compat
 from turbokv.integrations.vllm.attention.impl import TurboKVImpl
 from turbokv.integrations.vllm.dtypes import cache_widths
