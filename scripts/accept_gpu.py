@@ -130,7 +130,7 @@ class Run:
         step = STEPS[name]
         words = [*step.command.format(out=out).split(), *more.split()]
         if step.workers:
-            options = ["-q", "--tb=short", "--durations=5", "-m", "gpu", "-p", "no:cacheprovider"]
+            options = ["-qrA", "--tb=short", "--durations=5", "-m", "gpu", "-p", "no:cacheprovider"]
             if step.workers > 1 and importlib.util.find_spec("xdist") is not None:
                 options += ["-n", str(step.workers)]
             ignored = (

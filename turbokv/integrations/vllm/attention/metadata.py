@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -98,6 +99,11 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
     sliced: SlicedPrefill | None = None
     mm_prefix_range: Ranges | None = None
     plan_prefill: Callable[[TurboKVMetadata], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Take integers of any kind: virtual batches of chunked attention carry NumPy's."""
+        for name in ("num_decodes", "num_decode_tokens", "max_decode_len", "num_tokens"):
+            setattr(self, name, operator.index(getattr(self, name)))
 
     def complete(self) -> None:
         """Plan what was put off until a layer attends: not all metadata is ever used."""
