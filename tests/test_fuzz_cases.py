@@ -75,7 +75,8 @@ def checker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fuzz_decode.Checke
                 super().__init__(*args)
                 current[:] = [self]
 
-        def decode(out: Tensor, lse: Tensor, **_: Any) -> None:
+        def decode(arguments: dict[str, Any]) -> None:
+            out, lse = arguments["out"], arguments["lse"]
             if before:
                 before(current[0])
             plain_decode(current[0], out, lse)
@@ -83,8 +84,7 @@ def checker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., fuzz_decode.Checke
                 after(current[0], out, lse)
 
         monkeypatch.setattr(fuzz_decode, "Problem", Remembered)
-        monkeypatch.setattr(fuzz_decode.cuda, "decode", decode)
-        monkeypatch.setattr(fuzz_decode.cuda, "decode_workspace_bytes", lambda *a, **k: 16)
+        monkeypatch.setattr(fuzz_decode.harness, "decode", decode)
         return fuzz_decode.Checker(device="cpu")
 
     return make
@@ -107,7 +107,15 @@ def test_the_plain_cache_passes(index: int, checker: Callable[..., fuzz_decode.C
     assert checker().check(trial) == "", trial
 
 
-PLAIN = {"keys": "usual", "values": "usual", "bad": "", "kept": 0.0, "query": 0.01, "sinks": ""}
+PLAIN = {
+    "keys": "usual",
+    "values": "usual",
+    "bad": "",
+    "bad_query": "",
+    "kept": 0.0,
+    "query": 0.01,
+    "sinks": "",
+}
 PLAIN |= {"lens": (150, 40), "q_lens": (1, 1), "window_left": -1, "logits_soft_cap": 0.0}
 
 

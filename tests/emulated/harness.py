@@ -265,12 +265,16 @@ def decode(
     plain: bool = True,
     device: Device = SMALL,
 ) -> None:
-    """Run decode; afterwards the workspace's counters must be zero."""
+    """Run decode; afterwards the workspace's counters must be zero.
+
+    ``plain`` lets the variant without features run where the launcher has one (``launch.cuh``).
+    """
     k_format, v_format = arguments["k_format"], arguments["v_format"]
     p = params(arguments)
     rows = p.max_q_len * (p.num_qo_heads // p.num_kv_heads)
     columns = columns_of(k_format.padded_dim, rows)
     copy = "async_copy_t" if arguments.get("body") == "cp_async" else "bulk_copy_t"
+    plain = plain and copy == "bulk_copy_t" and columns <= 8
     books = (k_format.codebook, v_format.codebook)
     uniform2 = all(b.bits != 2 or b.magnitudes[1] == 3 * b.magnitudes[0] for b in books)
     variant = Variant(

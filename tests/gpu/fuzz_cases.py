@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile random problems for decode, and their answer in float64.
+"""Hostile random problems for decode; ``fuzz_answer.py`` has their answers.
 
-The reference shares no code with the package but for the checked arguments of its codec: it reads
-pages bit by bit as ``tests/ref.py`` says, and attends in float64 on the device that holds them.
 Whatever a kernel must not let into a result is poisoned: pages of nobody, tokens that were never
-written, entries past a page table's row, slots and offsets of nobody, gaps between rows.
+written, entries past a page table's row, slots and offsets of nobody, gaps between rows. A seed
+gives the same bytes on every device.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests import ref
 from turbokv.codec import TurboKVCodec
 from turbokv.paged import PageLayout
 
@@ -66,7 +63,7 @@ class Trial:
     kept: float  # share of tiles with a 16-bit copy
     keys: str  # "usual", "rising", "huge sinks", "zeros"
     values: str  # "usual", "uneven", "all zero", "zero tiles"
-    bad: str  # "", or what one token's scale is: "nan", "inf"
+    bad: str  # "", or what one token's scale and a number of its copy are: "nan", "inf"
     poison: str  # "ones", "nan" or "inf": what pages of nobody hold
     query: float  # its size
     far: bool  # pages beyond 2^32 bytes
@@ -76,6 +73,7 @@ class Trial:
     rotated_query: bool
     body: str
     num_ctas: int
+    bad_query: str  # "", or what one number of one query is: "nan", "inf"
 
 
 def draw(seed: int, shapes: tuple[tuple[int, int, int], ...], max_q_len: int, far: bool) -> Trial:
@@ -123,39 +121,13 @@ def draw(seed: int, shapes: tuple[tuple[int, int, int], ...], max_q_len: int, fa
         rotated_query=r.random() < 0.2,
         body=r.choice(("auto", "auto", "bulk", "cp_async")),
         num_ctas=r.choice((0, 0, 0, 1, 7, 300)),
+        bad_query=r.choice(("",) * 18 + ("nan", "inf")),
     )
-
-
-# --- the format, from tests/ref.py ----------------------------------------------------------------
 
 
 @functools.cache
 def codec_of(head_dim: int, k_bits: int, v_bits: int, device: str) -> TurboKVCodec:
     return TurboKVCodec(head_dim, k_bits, v_bits, device=device)
-
-
-@functools.cache
-def places_of(dim: int, role: str, bits: int, device: str) -> Tensor:
-    """Bit places of a role's parts in a tile, int64 ``[bits, 16 * dim]``."""
-    places = ref.bit_places(dim, role, bits)
-    return torch.from_numpy(np.ascontiguousarray(places.reshape(-1, bits).T)).to(device)
-
-
-@functools.cache
-def levels_of(bits: int, device: str) -> Tensor:
-    """Return what each page code reads as at a scale of one, float64."""
-    levels = ref.read(np.arange(1 << bits)[None], np.ones(1), ref.BOOKS[bits])[0]
-    table = np.empty(1 << bits)
-    table[ref.page_codes(bits)] = levels
-    return torch.from_numpy(table).to(device)
-
-
-@functools.cache
-def rotation_of(head_dim: int, role: str, device: str) -> Tensor:
-    """Return the map to rotated space, float64 ``[padded_dim, head_dim]``."""
-    dim = 1 << (head_dim - 1).bit_length()
-    matrix = ref.hadamard_matrix(dim) * ref.signs(role, dim) / math.sqrt(dim)
-    return torch.from_numpy(np.ascontiguousarray(matrix[:, :head_dim])).to(device)
 
 
 # --- a problem ------------------------------------------------------------------------------------
@@ -170,11 +142,12 @@ class Arena:
 
 
 class Problem:
-    """The tensors of a trial; ``arguments`` is what decode takes, ``solve`` the answer."""
+    """The tensors of a trial; ``arguments`` is what decode takes."""
 
     def __init__(self, trial: Trial, arena: Arena) -> None:
         self.trial, self.arena, self.device = trial, arena, arena.device
-        self.generator = torch.Generator(device=self.device).manual_seed(trial.seed)
+        # NumPy's, so that a seed that fails on a GPU has the same bytes on a CPU
+        self.generator = np.random.default_rng(trial.seed)
         sizes = (trial.page_size, trial.num_kv_heads)
         self.codec = codec_of(trial.head_dim, trial.k_bits, trial.v_bits, self.device)
         self.layout = PageLayout(trial.head_dim, trial.k_bits, trial.v_bits, *sizes)
@@ -210,9 +183,10 @@ class Problem:
 
     def _random_bytes(self, extents: tuple[int, ...]) -> Tensor:
         # no zeros: the code 0 of 8 bits is never written
-        return torch.randint(
-            1, 256, extents, dtype=torch.uint8, device=self.device, generator=self.generator
-        )
+        return self._tensor(self.generator.integers(1, 256, extents, dtype=np.uint8))
+
+    def _tensor(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _poisoned(self, extents: list[int]) -> Tensor:
         if self.trial.poison == "ones":
@@ -236,7 +210,7 @@ class Problem:
         return places.view(len(numbers), self.tiles, TILE)
 
     def _rand(self, *extents: int) -> Tensor:
-        return torch.rand(*extents, device=self.device, generator=self.generator)
+        return self._tensor(self.generator.random(extents, dtype=np.float32))
 
     def _set_scales(self, content: Tensor) -> None:
         t, position = self.trial, self._positions()[:, :, None, :]
@@ -265,7 +239,8 @@ class Problem:
             token = r.randrange(t.lens[request])
             page = sum(self.counts[:request]) + token // t.page_size
             place = (page, token % t.page_size // TILE, r.randrange(t.num_kv_heads), token % TILE)
-            scales[(*place, r.randrange(2))] = float(t.bad)
+            self.bad_place = (*place, r.randrange(2))
+            scales[self.bad_place] = float(t.bad)
 
     def _forget_unwritten(self, content: Tensor) -> None:
         """Poison tokens past the length: scales of all, every byte of tiles that have no token."""
@@ -306,13 +281,16 @@ class Problem:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _normal(self, *extents: int) -> Tensor:
-        return torch.randn(*extents, device=self.device, generator=self.generator)
+        return self._tensor(self.generator.standard_normal(extents, dtype=np.float32))
 
     def _make_queries(self) -> None:
         t = self.trial
         heads = t.num_kv_heads * t.group_size
         dim = self.dim if t.rotated_query else t.head_dim
         q = (t.query * self._normal(sum(t.q_lens), heads, dim)).to(t.q_dtype)
+        if t.bad_query:
+            place = random.Random(t.seed).randrange(q.numel())
+            q.view(-1)[place] = float(t.bad_query)
         self.q = q
         if t.strided:
             wide = torch.full((q.shape[0], 2 * heads, dim + 8), math.nan, device=self.device)
@@ -338,7 +316,7 @@ class Problem:
             slots = torch.full(extents, NOWHERE, dtype=torch.int32, device=self.device)
             kept = self._rand(len(self.ids), self.tiles) < t.kept
             count = int(kept.sum())
-            order = torch.randperm(count, device=self.device, generator=self.generator).int()
+            order = self._tensor(self.generator.permutation(count)).int()
             own = torch.full(kept.shape, -1, dtype=torch.int32, device=self.device)
             own[kept] = order
             slots[self.ids] = own
@@ -350,6 +328,10 @@ class Problem:
             window[order.long()] = window[order.long()].masked_fill(
                 hidden[:, None, None, :, None], math.nan
             )
+            if t.bad and sum(t.lens):
+                page, tile, head, row, role = self.bad_place
+                if kept[page, tile]:
+                    window[own[page, tile], head, role, row, t.seed % self.dim] = float(t.bad)
             self.tile_slots, self.window, self.own_slots = slots, window, own
 
     def arguments(self) -> dict[str, Any]:
@@ -386,106 +368,3 @@ class Problem:
         """Leave shared memory as it was."""
         if self.trial.far:
             self.pages[self.ids] = 0xFF
-
-    # --- the answer
-
-    def rotated(self) -> tuple[Tensor, Tensor]:
-        """K and V of all pages in order, float64 ``[tokens, heads, dim]``; NaN if not written."""
-        t = self.trial
-        heads, pages = t.num_kv_heads, len(self.ids)
-        tiles = self.content.view(pages, heads, self.tiles, self.layout.tile_bytes).transpose(1, 2)
-        scales = self._scales(self.content)
-        found, start = [], 0
-        for role, bits, part in (("k", t.k_bits, 0), ("v", t.v_bits, 1)):
-            codes = torch.zeros(
-                *tiles.shape[:3], TILE * self.dim, dtype=torch.uint8, device=self.device
-            )
-            for bit, places in enumerate(places_of(self.dim, role, bits, self.device)):
-                codes |= ((tiles[..., places // 8 + start] >> (places % 8).byte()) & 1) << bit
-            levels = levels_of(bits, self.device)[codes.long()].unflatten(-1, (TILE, self.dim))
-            x = levels * scales[..., part].double().abs()[..., None]
-            found.append(x)  # [pages, tiles, heads, 16, dim]
-            start += 2 * self.dim * bits
-        k, v = found
-        if self.k_offset is not None:
-            segment = self._positions()[:, :, 0] // SEGMENT
-            offset = self.k_offset.double()[segment.clamp(max=self.k_offset.shape[0] - 1)]
-            plain = torch.signbit(scales[..., 0])[..., None]
-            k = torch.where(plain, k, k + offset[:, :, :, None])
-        if self.window is not None:
-            kept = self.own_slots >= 0
-            copies = self.window[self.own_slots[kept].long()].double()
-            k[kept], v[kept] = copies[:, :, 0], copies[:, :, 1]
-        k, v = (x.transpose(2, 3).reshape(pages * t.page_size, heads, self.dim) for x in (k, v))
-        return k, v
-
-    def _requests(self) -> Iterator[tuple[int, slice, slice]]:
-        """Yield length, rows of queries and rows of tokens of every request."""
-        row = 0
-        for i, (length, q_len) in enumerate(zip(self.trial.lens, self.trial.q_lens, strict=True)):
-            first = self.starts[i] * self.trial.page_size
-            yield length, slice(row, row + q_len), slice(first, first + length)
-            row += q_len
-
-    def solve(self) -> tuple[Tensor, ...]:
-        """Attend in float64.
-
-        Returns
-        -------
-        tuple of Tensor
-            Output ``[nnz, heads, dim]`` in the space asked for, base-2 LSE ``[nnz, heads]``, the
-            root of the summed squares of what each token adds to an output, the largest score's
-            magnitude, which rows see a token that is not finite, and which of them must show it.
-        """
-        t = self.trial
-        q = self.q.double()
-        if not t.rotated_query:
-            q = q @ rotation_of(t.head_dim, "k", self.device).T
-        k_all, v_all = self.rotated()
-        extents = q.shape[:2]
-        new = functools.partial(torch.zeros, dtype=torch.float64, device=self.device)
-        out, lse = new(*extents, self.dim), new(extents) - math.inf
-        spread, reach = new(extents), new(extents)
-        spoilt = torch.zeros(extents, dtype=torch.bool, device=self.device)
-        doomed = spoilt.clone()
-        for length, rows, tokens in self._requests():
-            q_len = rows.stop - rows.start
-            if not length or not q_len:
-                continue
-            k, v = k_all[tokens], v_all[tokens]
-            k_fine, v_fine = k.isfinite().all(-1), v.isfinite().all(-1)
-            k, v = (x.nan_to_num(0, 0, 0) for x in (k, v))
-            grouped = q[rows].unflatten(1, (t.num_kv_heads, t.group_size))
-            logits = torch.einsum("qhgd,khd->qhgk", grouped, k) * t.head_dim**-0.5
-            if t.logits_soft_cap > 0:
-                logits = t.logits_soft_cap * torch.tanh(logits / t.logits_soft_cap)
-            own = torch.arange(length - q_len, length, device=self.device)[:, None]
-            token = torch.arange(length, device=self.device)
-            hidden = (token > own) & t.causal
-            if t.window_left >= 0:
-                hidden = hidden | (token < own - t.window_left)
-            hidden = hidden[:, None, None, :]
-            k_bad = (~k_fine.T[None, :, None, :] & ~hidden).expand_as(logits)
-            v_bad = (~v_fine.T[None, :, None, :] & ~hidden).expand_as(logits)
-            spoilt[rows] = (k_bad | v_bad).any(-1).flatten(1, 2)
-            reach[rows] = logits.masked_fill(hidden, 0).abs().amax(-1).flatten(1, 2)
-            logits = logits.masked_fill(hidden, -math.inf)
-            total = logits.logsumexp(-1)
-            if self.sinks is not None:
-                sinks = self.sinks.double().view(1, t.num_kv_heads, t.group_size)
-                total = torch.logaddexp(total, sinks)
-            weights = torch.exp(logits - total.clamp(min=-1e300)[..., None])
-            out[rows] = torch.einsum("qhgk,khd->qhgd", weights, v).flatten(1, 2)
-            # a key of infinite length may rightly get no weight
-            seen = v_bad & (weights > 1e-3) | k_bad & (t.bad == "nan")
-            doomed[rows] = seen.any(-1).flatten(1, 2)
-            sizes = v.square().sum(-1)
-            spread[rows] = (
-                torch.einsum("qhgk,kh->qhg", weights.square(), sizes).sqrt().flatten(1, 2)
-            )
-            lse[rows] = total.flatten(1, 2)
-        if self.sinks is not None:  # rows without a token
-            lse = torch.maximum(lse, self.sinks.double().expand(extents))
-        if not t.rotated_output:
-            out = out @ rotation_of(t.head_dim, "v", self.device)
-        return out, lse / math.log(2.0), spread, reach, spoilt, doomed

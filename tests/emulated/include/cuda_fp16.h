@@ -14,7 +14,8 @@ struct alignas(4) __half2 {
 
 inline float __half2float(__half h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16, rest = h.bits & 0x7fff;
-  if (rest >= 0x7c00) return BitCast<float>(sign | 0x7f800000u | (rest & 0x3ff) << 13);
+  if (rest > 0x7c00) return BitCast<float>(0x7fffffffu);  // the NaN of every instruction
+  if (rest == 0x7c00) return BitCast<float>(sign | 0x7f800000u);
   const float magnitude = rest >= 0x400 ? BitCast<float>((rest << 13) + (112u << 23))
                                         : static_cast<float>(rest) * 5.9604644775390625e-8f;
   return BitCast<float>(BitCast<uint32_t>(magnitude) | sign);
@@ -40,6 +41,10 @@ inline float __low2float(__half2 x) { return __half2float(x.x); }
 inline float __high2float(__half2 x) { return __half2float(x.y); }
 inline __half2 __hadd2(__half2 a, __half2 b) {
   return __floats2half2_rn(__low2float(a) + __low2float(b), __high2float(a) + __high2float(b));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return __floats2half2_rn(std::fma(__low2float(a), __low2float(b), __low2float(c)),
+                           std::fma(__high2float(a), __high2float(b), __high2float(c)));
 }
 inline __half HMaxNan(__half a, __half b) {
   const float x = __half2float(a), y = __half2float(b);

@@ -65,8 +65,11 @@ To BitCast(From x) {
 }
 inline float __uint_as_float(uint32_t x) { return BitCast<float>(x); }
 inline float __int_as_float(int x) { return BitCast<float>(x); }
-inline uint32_t __float_as_uint(float x) { return BitCast<uint32_t>(x); }
-inline int __float_as_int(float x) { return BitCast<int>(x); }
+// Instructions of a GPU give one NaN, whatever that of the host is.
+inline uint32_t __float_as_uint(float x) {
+  return std::isnan(x) ? 0x7fffffffu : BitCast<uint32_t>(x);
+}
+inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t n) {
   n &= 31;
@@ -87,7 +90,10 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __float2int_rn(float x) {  // saturates, and NaN is zero
+  if (std::isnan(x)) return 0;
+  return static_cast<int>(std::nearbyint(std::clamp<double>(x, -2147483648.0, 2147483647.0)));
+}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
