@@ -56,6 +56,8 @@ inline float Exp2(float x) {
   return y < 1.17549435e-38f ? 0.f : y;  // ftz
 }
 
+inline float MaxNan(float x, float y) { return x > y || std::isnan(x) ? x : y; }
+
 struct mma_in_t {
   uint32_t a[4], b[2], c[4];
 };

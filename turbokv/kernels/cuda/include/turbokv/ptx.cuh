@@ -109,6 +109,13 @@ __device__ __forceinline__ float Exp2(float x) {
   return r;
 }
 
+/*! \brief The larger, or NaN if either is. */
+__device__ __forceinline__ float MaxNan(float x, float y) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
+
 // --- mbarriers and bulk copies: sm_90 and up
 // ------------------------------------------------------
 

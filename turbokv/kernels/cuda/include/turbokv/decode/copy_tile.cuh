@@ -83,19 +83,37 @@ struct copy_values_t {
   using V = typename C::v_t;
   uint4 words[2][V::kCodes / 4];
 
-  __device__ __forceinline__ void Load(const __half* values, int section, int written,
+  __device__ __forceinline__ void Load(const __half* values, int section, const bool (&wanted)[2],
                                        const lane_t<C>& at) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4* from = reinterpret_cast<const uint4*>(values + (half * 8 + at.g) * C::kHeadDim +
                                                          V::Coordinate(section, 0, 0, 2 * at.t));
-      // what was never written may be NaN, which a probability of zero would not stop
-      const bool is_written = half * 8 + at.g < written;
 #pragma unroll
       for (int k = 0; k < V::kCodes / 4; ++k) {
-        words[half][k] = is_written ? __ldg(from + k) : make_uint4(0, 0, 0, 0);
+        words[half][k] = wanted[half] ? __ldg(from + k) : make_uint4(0, 0, 0, 0);
       }
     }
+  }
+
+  /*! \brief `to` plus zero, or NaN if a value of token g (half 0) or g + 8 that this lane has is
+   * not finite. */
+  __device__ __forceinline__ __half2 Lost(int half, __half2 to) const {
+    const __half2 zero = __float2half2_rn(0.f);
+#pragma unroll
+    for (int k = 0; k < V::kCodes / 4; ++k) {
+      const uint4 x = words[half][k];
+      to = __hfma2(*reinterpret_cast<const __half2*>(&x.x), zero, to);
+      to = __hfma2(*reinterpret_cast<const __half2*>(&x.y), zero, to);
+      to = __hfma2(*reinterpret_cast<const __half2*>(&x.z), zero, to);
+      to = __hfma2(*reinterpret_cast<const __half2*>(&x.w), zero, to);
+    }
+    return to;
+  }
+
+  __device__ __forceinline__ void Clear(int half) {
+#pragma unroll
+    for (int k = 0; k < V::kCodes / 4; ++k) words[half][k] = make_uint4(0, 0, 0, 0);
   }
 
   /*! \brief The A operand of a block. */
@@ -119,12 +137,14 @@ struct copy_values_t {
   }
 };
 
-/*! \brief Scores of a copy, in the unit of the item's other scores. */
+/*! \brief Scores of a copy, in the unit of the item's other scores. `spoilt` is added to those of
+ * tokens g and g + 8: zero, or NaN. */
 template <class C>
 __device__ __forceinline__ void ScoreCopy(const decode_params_t& p, const copy_keys_t<C>& keys,
                                           int token0, const float* rows,
                                           const query_fragments_t<C>& query, const mask_t<C>& mask,
-                                          const lane_t<C>& at, scores_t<C, 1>& scores) {
+                                          const lane_t<C>& at, const float (&spoilt)[2],
+                                          scores_t<C, 1>& scores) {
 #pragma unroll
   for (int n = 0; n < C::kTermBlocks; ++n) {
     float dots[4];
@@ -136,7 +156,7 @@ __device__ __forceinline__ void ScoreCopy(const decode_params_t& p, const copy_k
         const int x = n * 2 + y;
         float dot = dots[2 * half + y];
         if constexpr (C::kColumns == 4) dot += dots[2 * half + 1];
-        dot *= p.sm_scale * kLog2E;
+        dot = fmaf(dot, p.sm_scale * kLog2E, spoilt[half]);
         scores.s[0][half][x] = mask.capped ? mask.Cap(dot) : __fdividef(dot, query.unit[x]);
       }
     }
@@ -159,24 +179,51 @@ __device__ __forceinline__ void AttendCopy(const decode_params_t& p, const pendi
   const int64_t vectors = (static_cast<int64_t>(copy.slot) * p.num_kv_heads + head) * 2;
   const __half* keys_from = p.kv.window + vectors * kTokensPerTile * C::kHeadDim;
   const __half* values_from = keys_from + kTokensPerTile * C::kHeadDim;
+  // what was never written may be NaN, which a probability of zero would not stop
   const int written = mask.limits.length - copy.token;
+  bool wanted[2] = {at.g < written, at.g + 8 < written};
+  float spoilt[2] = {0, 0};
   copy_keys_t<C> keys;
   copy_values_t<C> values[kEarly ? V::kSections : 1];
   keys.Load(keys_from, at);
   if constexpr (kEarly) {
 #pragma unroll
     for (int section = 0; section < V::kSections; ++section) {
-      values[section].Load(values_from, section, written, at);
+      values[section].Load(values_from, section, wanted, at);
+    }
+  }
+  if (mask.HidesWritten(copy.token)) {
+    // nor would it keep a value that is not finite from rows that may not see it
+    __half2 sum[2] = {__float2half2_rn(0.f), __float2half2_rn(0.f)};
+#pragma unroll
+    for (int section = 0; section < V::kSections; ++section) {
+      if constexpr (!kEarly) values[0].Load(values_from, section, wanted, at);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] = values[kEarly ? section : 0].Lost(half, sum[half]);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      spoilt[half] = __low2float(sum[half]) + __high2float(sum[half]);
+      spoilt[half] += __shfl_xor_sync(~0u, spoilt[half], 1);
+      spoilt[half] += __shfl_xor_sync(~0u, spoilt[half], 2);
+      if (spoilt[half] == 0) continue;
+      wanted[half] = false;
+      if constexpr (kEarly) {
+#pragma unroll
+        for (int section = 0; section < V::kSections; ++section) values[section].Clear(half);
+      }
     }
   }
   scores_t<C, 1> scores;
-  ScoreCopy<C>(p, keys, copy.token, rows, query, mask, at, scores);
+  ScoreCopy<C>(p, keys, copy.token, rows, query, mask, at, spoilt, scores);
   half_probabilities_t<C, 1> probabilities;
   float gain[C::kLaneColumns];
   state.CopyProbabilities(scores, query.unit, v_unit, zero, probabilities, gain);
 #pragma unroll
   for (int section = 0; section < V::kSections; ++section) {
-    if constexpr (!kEarly) values[0].Load(values_from, section, written, at);
+    if constexpr (!kEarly) values[0].Load(values_from, section, wanted, at);
 #pragma unroll
     for (int k = 0; k < V::kBlocks; ++k) {
       uint32_t a[4];

@@ -236,8 +236,15 @@ struct integer_softmax_t {
   __device__ __forceinline__ void ChooseExponents(const scores_t<C, C::kTiles>& scores,
                                                   const float (&unit)[kColumns]) {
     float to[kColumns];
+    // NaN if a V scale is NaN or infinite, which integers cannot show: sums do
+    float lost = 0;
+#pragma unroll
+    for (int i = 0; i < C::kTiles; ++i) {
+      lost = fmaf(scores.v_scale[i][0], 0.f, fmaf(scores.v_scale[i][1], 0.f, lost));
+    }
 #pragma unroll
     for (int x = 0; x < kColumns; ++x) {
+      l[x] += lost;
       float top = kNever, product = kNever;
 #pragma unroll
       for (int i = 0; i < C::kTiles; ++i) {
@@ -260,7 +267,7 @@ struct integer_softmax_t {
         chosen = product - kLowestBits;
       }
       to[x] = fmaxf(chosen, lowest);
-      // an infinite score or scale: what it is worth is not known
+      // an infinite score: what it is worth is not known
       if (!(to[x] < -kNever)) l[x] = NAN;
     }
     Rescale(to);

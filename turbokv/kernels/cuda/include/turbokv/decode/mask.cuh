@@ -67,6 +67,12 @@ struct mask_t {
     return token0 + C::kStepTokens > limits.all_end || token0 < limits.all_begin;
   }
 
+  /*! \brief Whether some row may not see a token of a tile that was written. */
+  __device__ __forceinline__ bool HidesWritten(int token0) const {
+    return min(token0 + kTokensPerTile, limits.length) > limits.all_end ||
+           token0 < limits.all_begin;
+  }
+
   /*! \brief Hide what rows may not see, and what was never written, which may be anything. */
   __device__ __forceinline__ void HideTokens(int token0, scores_t<C, C::kTiles>& scores) const {
 #pragma unroll
@@ -74,8 +80,15 @@ struct mask_t {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int token = token0 + i * kTokensPerTile + half * 8 + at.g;
+        float& v_scale = scores.v_scale[i][half];
+        // A V scale that is not finite would spoil the rows that may not see it as well, because a
+        // probability of zero does not stop it: the scores of those that do carry it on.
+#pragma unroll
+        for (int x = 0; x < C::kLaneColumns; ++x) {
+          scores.s[i][half][x] = fmaf(v_scale, 0.f, scores.s[i][half][x]);
+        }
         Hide(scores.s[i][half], token);
-        if (token >= limits.length) scores.v_scale[i][half] = 0;
+        if (token >= limits.length || !(v_scale < INFINITY)) v_scale = 0;
       }
     }
   }

@@ -42,6 +42,8 @@ __device__ __forceinline__ void LoadQuery(const decode_params_t& p, const item_t
   }
 }
 
+constexpr float kLeastQuery = 1e-28f;  // coordinates below count in units of this one's
+
 /*! \brief Rotate the query rows of an item, a warp per row, and split them for products with codes.
  *
  *  \param bits   Row `warp` of the item, see LoadQuery.
@@ -76,12 +78,14 @@ __device__ __forceinline__ void RotateQuery(const decode_params_t& p, const item
 #pragma unroll
       for (int i = 0; i < kLane; ++i) x[i] *= root;
     }
-    float largest = 0;
+    // NaN stays NaN and makes all scores of the row NaN. The least keeps what follows in range.
+    float largest = kLeastQuery;
 #pragma unroll
-    for (int i = 0; i < kLane; ++i) largest = fmaxf(largest, fabsf(x[i]));
+    for (int i = 0; i < kLane; ++i) largest = ptx::MaxNan(largest, fabsf(x[i]));
 #pragma unroll
-    for (int o = 1; o < 32; o *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
-    if (!(largest > 0)) largest = 1;
+    for (int o = 1; o < 32; o *= 2) {
+      largest = ptx::MaxNan(largest, __shfl_xor_sync(~0u, largest, o));
+    }
     constexpr float kTop = 127.f * 256.f;
     const float inverse = kTop / largest;
     int sum = 0, q[kLane];
