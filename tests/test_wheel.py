@@ -70,6 +70,10 @@ def test_it_brings_the_package_and_no_other(wheel: zipfile.ZipFile) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"turbokv"}
 
 
+def test_it_brings_the_byte_format_and_the_types(wheel: zipfile.ZipFile) -> None:
+    assert {"turbokv/FORMAT.md", "turbokv/py.typed"} <= set(wheel.namelist())
+
+
 def test_it_brings_the_command(wheel: zipfile.ZipFile) -> None:
     points = configparser.ConfigParser()
     points.read_string(info(wheel, "entry_points.txt"))

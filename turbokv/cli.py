@@ -110,6 +110,24 @@ def _read_calibration(path: str | pathlib.Path | None) -> Calibration | None:
     return Calibration.load(path)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from turbokv import __version__
+
+        typer.echo(f"turbokv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """KV caches of language models at 2 to 5 bits a number."""
+
+
 @app.command()
 def demo(
     model: ModelOption = None,
