@@ -23,8 +23,8 @@ STOCK_VLLM ?= 0.28.0 0.32.0 0.33.0
 STOCK := build/stock-vllm/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test stock-vllm lint format cuda test-gpu bench wheel build-all build-flashinfer build-vllm \
-  patches-check patches-edit patches-refresh test-integration test-stock serve clean
+.PHONY: help demo test stock-vllm lint docs format cuda test-gpu bench wheel build-all build-flashinfer build-vllm \
+  patches-check patches-edit patches-refresh test-integration test-stock release-check serve clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,13 +42,25 @@ $(STOCK): scripts/stock_vllm.py tests/vllm/stock_requirements.txt | $(STAMP)
 	$(BIN)/python scripts/stock_vllm.py $(STOCK_VLLM)
 	@touch $@
 
-lint: $(STAMP) ## Check style, types, import directions, C++ format and paths in documents
+lint: $(STAMP) ## Check style, types, import directions, C++ format, spelling and documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/codespell
 	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/readme.py --check
+
+DOCS_VENV := .venv-docs
+docs: $(DOCS_VENV)/.stamp ## Build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "documentation: build/site/index.html"
+
+$(DOCS_VENV)/.stamp: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 format: $(STAMP) ## Rewrite the sources in house style
 	$(BIN)/ruff check --fix .
@@ -104,6 +116,11 @@ test-integration: $(if $(INSTALLED),,build-all $(STOCK)) ## Test codec and heade
 test-stock: wheel $(STOCK) ## Test released vLLM 0.32 and 0.33 on vLLM's CPU engine
 	$(BIN)/python scripts/test_integration.py --dist dist $(if $(findstring --layer,$(ARGS)),,--layer cpu) $(ARGS)
 
+# Python 3.10 and 3.13 are tried where they are found. The source distribution has no kernels to compile.
+release-check: wheel ## Build wheel and sdist, install the wheel in new environments, run the README's blocks
+	$(BIN)/python -m build --sdist --outdir dist
+	$(BIN)/python scripts/release_check.py --dist dist --torch $(TORCH_VERSION) $(ARGS)
+
 SERVE_VENV := .venv-serve
 VLLM_VERSION ?= 0.33.0
 PRESET ?= tq4
@@ -113,7 +130,7 @@ serve: ## Serve a model over the OpenAI API with released vLLM: make serve MODEL
 	$(SERVE_VENV)/bin/turbokv serve $(MODEL) --preset $(PRESET) $(ARGS)
 
 clean: ## Remove the virtual environment, builds and caches
-	rm -rf $(VENV) build dist out *.egg-info turbokv/kernels/*/*.so .hypothesis .mypy_cache \
+	rm -rf $(VENV) $(DOCS_VENV) build dist out *.egg-info turbokv/kernels/*/*.so .hypothesis .mypy_cache \
 	  .pytest_cache .ruff_cache .import_linter_cache
 	find turbokv scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

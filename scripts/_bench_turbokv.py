@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from turbokv.centring import SEGMENT
 from turbokv.core import VectorFormat
 from turbokv.kernels import cuda
 from turbokv.paged import PAGE_BITS, TILE, PageLayout
+from turbokv.presets import preset_name, preset_widths
 
 _RECENT_TILES = 128 // TILE
 _STORE_SLOTS = 512
@@ -25,11 +25,11 @@ class TurboKV:
     """TurboKV with one pair of widths, as a contender of each kind."""
 
     def __init__(self, preset: str, window: bool = False, centred: bool = False) -> None:
-        found = re.fullmatch(r"K(\d)V(\d)", preset.upper())
-        if found is None:
-            raise ValueError(f"presets: wanted some such as K4V4, got {preset!r}")
-        self.preset, self.window, self.centred = preset.upper(), window, centred
-        self.k_bits, self.v_bits = int(found[1]), int(found[2])
+        widths = preset_widths(preset)
+        if widths is None:
+            raise ValueError(f"presets: wanted some such as tq4 or tq_k5v3, got {preset!r}")
+        self.k_bits, self.v_bits = widths
+        self.preset, self.window, self.centred = preset_name(*widths), window, centred
         if not {self.k_bits, self.v_bits} <= set(PAGE_BITS):
             raise ValueError(f"presets: wanted widths among {PAGE_BITS}, got {preset!r}")
 

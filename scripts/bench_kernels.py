@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--cells", default=CELLS, help="requests x context, of decode")
     parser.add_argument("--shapes", default=SHAPES, help="query heads / KV heads x head_dim")
     parser.add_argument("--tokens", default="64,8K", help="of store and decompress")
-    parser.add_argument("--presets", default="K4V4,K3V3,K2V2,K5V3", help="widths of TurboKV")
+    parser.add_argument("--presets", default="tq4,tq3,tq2,tq_k5v3", help="presets of TurboKV")
     parser.add_argument("--only", default="", help="parts of names of contenders, comma list")
     parser.add_argument("--repeats", type=int, default=7, help="replays of each graph")
     parser.add_argument("--budget", type=float, default=230, help="seconds; then cells are skipped")

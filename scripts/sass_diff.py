@@ -7,7 +7,7 @@ spilled, and a verdict: *equal* bytes; *moved*, which is as many instructions (w
 percent), as many warps that fit, and no more spills or stack; *changed*; *new* or *gone*. Exits
 with 1 if any kernel changed, unless ``--report-only``.
 
-    python scripts/sass_diff.py --base main --dims 128 --pairs k4v4 k5v3
+    python scripts/sass_diff.py --base main --dims 128 --pairs tq4 tq_k5v3
 """
 
 from __future__ import annotations

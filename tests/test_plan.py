@@ -383,8 +383,8 @@ def test_context_beyond_the_model_is_noted() -> None:
         (LLAMA_8B, {"activation_reserve": float("nan")}, ValueError, "activation_reserve"),
         (LLAMA_8B, {"recent_fraction": 0.9}, ValueError, "recent_fraction: wanted 0 to 0.5"),
         (LLAMA_8B, {"weight_bits": 5}, ValueError, "weight_bits: wanted 16, 8 or 4, got 5"),
-        (LLAMA_8B, {"presets": ["tq4"]}, ValueError, "presets: wanted names such as 'k4v4'"),
-        (LLAMA_8B, {"presets": ["k9v4"]}, ValueError, "presets: wanted widths of (2, 3, 4, 5, 8)"),
+        (LLAMA_8B, {"presets": ["fast"]}, ValueError, "presets: wanted names such as 'tq4'"),
+        (LLAMA_8B, {"presets": ["k6v4"]}, ValueError, "presets: wanted widths of (2, 3, 4, 5, 8)"),
         ({}, {}, ValueError, "model_type: wanted a decoder of a family whose shape is known"),
         ({"model_type": "llama"}, {}, ValueError, "config.num_hidden_layers: wanted an integer"),
         ({**LLAMA_8B, "num_hidden_layers": "32"}, {}, TypeError, "config.num_hidden_layers"),
@@ -433,5 +433,5 @@ def test_plan_is_json_and_renders() -> None:
     for config in (LLAMA_8B, GEMMA3_4B, QWEN3_NEXT_80B, DEEPSEEK_V3):
         console.print(planning.render(plan(config)))
     text = console.export_text()
-    for words in ("k4v4", "window 1024", "36 linear", "61 latent", "of cache"):
+    for words in ("tq4", "window 1024", "36 linear", "61 latent", "of cache"):
         assert words in text

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from turbokv.files import check_writable
+from turbokv.presets import PRESETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,7 +230,7 @@ def evaluate(
     ] = 4,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 64,
     presets: Annotated[
-        str, typer.Option(help="Comma list such as k5v3+w+centred; short; all; none.")
+        str, typer.Option(help="Comma list such as tq_k5v3+w+centred; short; all; none.")
     ] = "short",
     rivals: Annotated[str, typer.Option(help="Comma list of vLLM's caches; all; none.")] = "all",
     window: WindowOption = 128,
@@ -266,7 +267,8 @@ def evaluate(
         raise ValueError(f"rivals: wanted some of {list(ev.RIVALS)}, got {unknown}")
     if not ours and not theirs:
         raise ValueError("presets: wanted some, as rivals are 'none', got none")
-    wanted = {ev.Preset.parse(name, window, sinks).calibration for name in ours}
+    parsed = [ev.Preset.parse(name, window, sinks) for name in ours]
+    ours, wanted = [preset.name for preset in parsed], {preset.calibration for preset in parsed}
     contexts = _counts(needle_contexts, "needle_contexts", ev.LEAST_NEEDLE_CONTEXT)
     if chunk >= tokens:
         raise ValueError(f"chunk: wanted fewer than the {tokens} tokens of a passage, got {chunk}")
@@ -419,7 +421,7 @@ def plan(
     recent_fraction: Annotated[
         float, typer.Option(help="Share of the cache for 16-bit copies of the newest tokens.")
     ] = 0.02,
-    presets: Annotated[str, typer.Option(help="Comma list such as k4v4,k5v3; or all.")] = "all",
+    presets: Annotated[str, typer.Option(help="Comma list such as tq4,tq_k5v3; or all.")] = "all",
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Stages of layers, each on GPUs of its own.")] = 1,
     dp: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
@@ -439,7 +441,7 @@ def plan(
         weight_bits=weight_bits,
         activation_reserve=reserve,
         recent_fraction=recent_fraction,
-        presets=_names(presets, planner.PRESETS),
+        presets=_names(presets, tuple(PRESETS)),
         tensor_parallel=tp,
         pipeline_parallel=pp,
         data_parallel=dp,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -28,9 +27,9 @@ from turbokv.model_config import (
 )
 from turbokv.model_weights import Rank, Weights, count_weights
 from turbokv.paged import PAGE_BITS, TILE, PageLayout
+from turbokv.presets import PRESETS, preset_name, preset_widths
 
 GIB = 1 << 30
-PRESETS = ("k8v4", "k5v5", "k5v4", "k4v4", "k5v3", "k4v3", "k3v3", "k4v2", "k3v2", "k2v2")
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,10 @@ class Plan:
 
     def row(self, name: str) -> CacheRow:
         """Return the row of this name (``bf16``, ``fp8`` or a preset)."""
+        widths = preset_widths(name)
+        wanted = name if widths is None else preset_name(*widths)
         for row in self.rows:
-            if row.name == name:
+            if row.name == wanted:
                 return row
         raise ValueError(f"name: wanted one of {[row.name for row in self.rows]}, got {name!r}")
 
@@ -120,13 +121,12 @@ class Plan:
 
 
 def _preset_bits(name: str) -> tuple[int, int]:
-    match = re.fullmatch(r"k(\d)v(\d)", name) if isinstance(name, str) else None
-    if match is None:
-        raise ValueError(f"presets: wanted names such as 'k4v4', got {name!r}")
-    k_bits, v_bits = int(match[1]), int(match[2])
-    if k_bits not in PAGE_BITS or v_bits not in PAGE_BITS:
+    widths = preset_widths(name)
+    if widths is None:
+        raise ValueError(f"presets: wanted names such as 'tq4' or 'tq_k5v3', got {name!r}")
+    if not set(widths) <= set(PAGE_BITS):
         raise ValueError(f"presets: wanted widths of {PAGE_BITS}, got {name!r}")
-    return k_bits, v_bits
+    return widths
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def _rows(
 ) -> Iterator[CacheRow]:
     forms = [_Format("bf16", 16), _Format("fp8", 8)]
     if any(group.is_compressible for group in groups):
-        forms += [_Format(name, 16, _preset_bits(name)) for name in presets]
+        widths = [_preset_bits(name) for name in presets]
+        forms += [_Format(preset_name(*pair), 16, pair) for pair in widths]
     numbers = forms[0].growing_tile(groups) // 2
     reference = forms[0].sequence(groups, context)
     for form in forms:
@@ -368,7 +369,7 @@ def plan(
     weight_bits: int | None = None,
     activation_reserve: float = 2.0,
     recent_fraction: float = 0.02,
-    presets: Sequence[str] = PRESETS,
+    presets: Sequence[str] = tuple(PRESETS),
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     data_parallel: int = 1,
@@ -395,7 +396,7 @@ def plan(
     recent_fraction
         Share of the cache for 16-bit copies of the newest tokens (presets only).
     presets
-        Names of TurboKV presets, ``k<bits>v<bits>``.
+        Names such as ``tq4`` and ``tq_k5v3``.
     tensor_parallel, pipeline_parallel, data_parallel
         GPUs that share every layer, stages of layers, and copies of all that. Sequences lie on all
         GPUs of one copy, so the tightest of its stages bounds them; KV heads fewer than

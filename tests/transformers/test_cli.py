@@ -69,7 +69,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("eval --plot MISSING/p.png", "plot: wanted a file in a folder that can be written"),
     ("eval --needle --needle-contexts abc", "needle_contexts: wanted a comma list of numbers"),
     ("eval --needle-contexts 512,8", "needle_contexts: wanted 64 or more, got 8"),
-    ("eval --presets k9v9", "preset: wanted a name like k5v3"),
+    ("eval --presets k9v9", "preset: wanted a name like tq_k5v3"),
     ("eval --presets k4v4+foo", "preset: wanted +w, +wN, +sN"),
     ("eval --presets none --rivals none", "presets: wanted some"),
     ("eval --rivals foo", "rivals: wanted some of"),
@@ -139,7 +139,7 @@ def test_scores_outlive_a_plot_that_fails(
     monkeypatch.setattr(report, "plot_quality", fail)
     result = runner.invoke(cli.app, [*EVAL, "--plot", str(tmp_path / "p.png")])
     assert isinstance(result.exception, OSError)
-    assert {row["name"] for row in json.loads(result.stdout)["rows"]} == {"fp8", "k4v4+w16"}
+    assert {row["name"] for row in json.loads(result.stdout)["rows"]} == {"fp8", "tq4+w16"}
 
 
 def test_plot_and_calibration_are_written(tiny: LoadedModel, tmp_path: pathlib.Path) -> None:

@@ -97,7 +97,7 @@ def test_eval_prints_json_table_needles_and_plot(
     out = command.invoke(cli.app, options + needles)
     assert out.exit_code == 0, out.output
     report = json.loads(out.stdout)
-    assert [row["name"] for row in report["rows"]] == ["fp8", "k5v3+w32"]
+    assert [row["name"] for row in report["rows"]] == ["fp8", "tq_k5v3+w32"]
     rival, ours = report["rows"]
     assert ours["bits"] == 4.25
     assert len(report["starts"]) == len(ours["passages"]) == 2
@@ -107,7 +107,7 @@ def test_eval_prints_json_table_needles_and_plot(
     assert ours["kl_error"] > 0 and ours["kl_over_fp8_error"] > 0
     assert rival["kl_over_fp8"] == 1 and rival["kl_over_fp8_error"] == pytest.approx(0)
     assert ours["kl_over_int4"] is None and ours["kl_over_int4_error"] is None
-    assert {cell["name"] for cell in report["needle"]} == {"full", "fp8", "k5v3+w32"}
+    assert {cell["name"] for cell in report["needle"]} == {"full", "fp8", "tq_k5v3+w32"}
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -35,6 +35,11 @@ def test_our_options_become_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert argv[6:] == ["--port", "8123", "--max-model-len=4096"]
 
 
+@pytest.mark.parametrize("spelling", ["tq_k5v3", "k5v3", "K5V3"])
+def test_a_preset_is_asked_for_by_its_widths_too(spelling: str) -> None:
+    assert serve.arguments("model", spelling, {})[-1] == "tq_k5v3"
+
+
 def test_defaults_are_vllms_and_ours() -> None:
     assert serve.arguments("model", "tq4", {"path": None}) == [
         "serve",
@@ -47,7 +52,7 @@ def test_defaults_are_vllms_and_ours() -> None:
 @pytest.mark.parametrize(
     ("preset", "options", "extra", "message"),
     [
-        ("fp8", {}, [], "preset: wanted one of tq4, .* got 'fp8'"),
+        ("fp8", {}, [], "preset: wanted one of .*tq4, .* got 'fp8'"),
         ("tq4", {"path": "fast"}, [], r"turbokv\.path: wanted one of"),
         ("tq4", {"calibration": "absent"}, [], r"turbokv\.calibration: wanted a file"),
         ("tq4", {}, ["--kv-cache-dtype=fp8"], "--kv-cache-dtype: wanted --preset"),

@@ -26,6 +26,7 @@ from turbokv.integrations.transformers.quality import (
     ratio_of_means,
     simulated_cache,
 )
+from turbokv.presets import preset_name, preset_widths
 
 CALIBRATIONS = ("none", "centred", "random")
 PRESETS = (
@@ -64,7 +65,7 @@ SHORT_PRESETS = (
     "k2v2+w+centred",
 )
 RIVALS = tuple(BASELINES)
-_PRESET = re.compile(r"k([2-8])v([2-8])((?:\+(?:w\d*|s\d+|[a-z_]+))*)")
+_PRESET = re.compile(r"(\w+)((?:\+(?:w\d*|s\d+|[a-z_]+))*)")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Preset:
     Attributes
     ----------
     name
-        ``k5v3``, then optional ``+w`` or ``+w256`` (recent window), ``+s8`` (sinks; 4 with a
+        ``tq_k5v3``, then optional ``+w`` or ``+w256`` (recent window), ``+s8`` (sinks; 4 with a
         window, else 0) and ``+centred`` (keys centred by a calibration from text), ``+random``
         (from random token ids).
     calibration
@@ -92,11 +93,13 @@ class Preset:
     def parse(cls, name: str, window: int = DEFAULT_WINDOW, sinks: int = DEFAULT_SINKS) -> Preset:
         """Read a preset's name; ``window`` and ``sinks`` are what a bare ``+w`` means."""
         match = _PRESET.fullmatch(name)
-        if match is None:
-            raise ValueError(f"preset: wanted a name like k5v3+w128+s4+centred, got {name!r}")
+        widths = None if match is None else preset_widths(match[1])
+        if match is None or widths is None:
+            raise ValueError(f"preset: wanted a name like tq_k5v3+w128+s4+centred, got {name!r}")
+        name = preset_name(*widths) + match[2]
         found = {"window": 0, "sinks": -1}
         calibration = "none"
-        for word in match[3].split("+")[1:]:
+        for word in match[2].split("+")[1:]:
             if word == "w":
                 found["window"] = window
             elif re.fullmatch(r"w\d+", word):
@@ -111,7 +114,7 @@ class Preset:
                 )
         if found["sinks"] < 0:
             found["sinks"] = sinks if found["window"] else 0
-        return cls(name, int(match[1]), int(match[2]), found["window"], found["sinks"], calibration)
+        return cls(name, *widths, found["window"], found["sinks"], calibration)
 
     def bits_per_number(self, head_dim: int) -> float:
         """Return stored bits per number of a compressed token (window and sinks not counted)."""

@@ -11,20 +11,10 @@ from typing import Any
 
 from turbokv import core
 from turbokv.paged import MIN_PADDED_DIM, TILE, PageLayout
+from turbokv.presets import PRESETS
 
-# Name to (k_bits, v_bits): the presets that `turbokv plan` knows.
-CACHE_DTYPES: dict[str, tuple[int, int]] = {
-    "tq4": (4, 4),
-    "tq3": (3, 3),
-    "tq2": (2, 2),
-    "tq_k8v4": (8, 4),
-    "tq_k5v5": (5, 5),
-    "tq_k5v4": (5, 4),
-    "tq_k5v3": (5, 3),
-    "tq_k4v3": (4, 3),
-    "tq_k4v2": (4, 2),
-    "tq_k3v2": (3, 2),
-}
+# Every preset is a cache dtype of the same name, to (k_bits, v_bits).
+CACHE_DTYPES: dict[str, tuple[int, int]] = PRESETS
 MIN_HEAD_DIM = MIN_PADDED_DIM // 2 + 1
 MAX_HEAD_DIM = core.MAX_HEAD_DIM
 

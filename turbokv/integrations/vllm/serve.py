@@ -13,6 +13,7 @@ from typing import Any
 from turbokv.integrations.vllm import installed
 from turbokv.integrations.vllm.dtypes import CACHE_DTYPES
 from turbokv.integrations.vllm.options import KEY, Options
+from turbokv.presets import preset_name, preset_widths
 
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 # vLLM's flags that ours set
@@ -29,7 +30,7 @@ def arguments(
     model
         A folder, or a name on the Hugging Face hub.
     preset
-        A cache dtype of ours.
+        A preset: a cache dtype of ours, or its widths such as ``k5v3``.
     options
         Of :class:`Options`; None where vLLM's side decides.
     extra
@@ -40,7 +41,8 @@ def arguments(
     TypeError, ValueError
         Naming the argument, what was wanted and what was got.
     """
-    if preset not in CACHE_DTYPES:
+    widths = preset_widths(preset)
+    if widths is None or widths not in CACHE_DTYPES.values():
         raise ValueError(f"preset: wanted one of {', '.join(CACHE_DTYPES)}, got {preset!r}")
     for word in extra:
         if word.split("=", 1)[0].replace("_", "-") in _TAKEN:
@@ -51,7 +53,7 @@ def arguments(
     ours = {name: value for name, value in options.items() if value is not None}
     # now rather than after vLLM's imports; the server process reads the same again
     Options.from_config({KEY: ours})
-    found = ["serve", model, "--kv-cache-dtype", preset]
+    found = ["serve", model, "--kv-cache-dtype", preset_name(*widths)]
     if ours:
         found += ["--additional-config", json.dumps({KEY: ours})]
     return [*found, *extra]

@@ -416,9 +416,13 @@ def build_variant(target: Path, variant: Variant, archs: Sequence[str]) -> None:
 
 
 def _pair(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"[kK]?(\d)[vV]?(\d)", text)
+    # this file is loaded by its path, too: it cannot import the presets
+    equal = re.fullmatch(r"tq(\d)", text)
+    found = re.fullmatch(r"(?:tq_)?[kK]?(\d)[vV]?(\d)", text)
+    if equal is not None:
+        return int(equal[1]), int(equal[1])
     if found is None:
-        raise argparse.ArgumentTypeError(f"wanted a pair such as k5v3, got {text!r}")
+        raise argparse.ArgumentTypeError(f"wanted a pair such as tq_k5v3, got {text!r}")
     return int(found[1]), int(found[2])
 
 
@@ -439,7 +443,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--release", action="store_true", help=f"compile for {RELEASE_ARCHS}")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--dims", nargs="+", type=int, default=DIMS)
-    parser.add_argument("--pairs", nargs="+", type=_pair, default=PAIRS, help="e.g. k4v4 k5v3")
+    parser.add_argument("--pairs", nargs="+", type=_pair, default=PAIRS, help="e.g. tq4 tq_k5v3")
     parser.add_argument("--jobs", type=int, help="compilers at a time; default one a core")
     parser.add_argument("--target", type=Path, default=LIBRARY)
     parser.add_argument("--folder", type=Path, default=_objects_folder(), help="for objects")

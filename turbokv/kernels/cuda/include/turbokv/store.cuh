@@ -4,7 +4,7 @@
 // Contract: until the kernel before it has ended, it reads and writes nothing that others write. It
 // writes the bits of the tokens in slot_mapping, their 16-bit copies and the rotated forms, nothing
 // else. It does not call LaunchDependents: with it, the decode kernel that follows ran 14 to 18 us
-// longer in a server's step than when it starts after this kernel has ended (docs/kernel-log.md). A
+// longer in a server's step than when it starts after this kernel has ended (docs/log). A
 // kernel that starts early all the same may read, before it waits, tiles of none of these tokens,
 // page tables, lengths and slots of copies.
 #ifndef TURBOKV_STORE_CUH_
