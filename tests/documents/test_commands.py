@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 
@@ -40,9 +39,10 @@ def check_turbokv(words: list[str], *, whole: bool = True) -> None:
         return
     try:
         context = group.commands[words[0]].make_context(words[0], list(words[1:]))
-    except (click.MissingParameter, click.BadOptionUsage):  # named without its value
-        assert not whole
-        return
+    except Exception as error:  # of typer's own click, which has no public name
+        if whole or type(error).__name__ not in ("MissingParameter", "BadOptionUsage"):
+            raise
+        return  # an option named without its value
     presets = context.params.get("presets") or context.params.get("preset") or ""
     for name in presets.split(","):
         if name not in ("", "all", "short", "none"):
@@ -133,5 +133,5 @@ def test_commands_in_sentences_are_understood(monkeypatch: pytest.MonkeyPatch) -
     for page, words in found:
         try:
             check(words, monkeypatch, whole=False)
-        except (AssertionError, click.ClickException, SystemExit, ValueError) as error:
+        except (Exception, SystemExit) as error:
             raise AssertionError(f"{page}: {' '.join(words)}") from error
