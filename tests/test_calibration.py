@@ -24,6 +24,8 @@ from turbokv.calibration import (
     architecture_sha256,
 )
 from turbokv.centring import KeyOffsets, Rotary, rotary_frequencies
+from turbokv.key_map import KeyMap
+from turbokv.sealed import read_sealed, write_sealed
 
 HEADS, DIM = 2, 64
 
@@ -60,6 +62,87 @@ def test_saved_file_comes_back_whole(tmp_path: pathlib.Path) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name))
     assert a.k_codebook == b.k_codebook and b.v_codebook is None
     assert list(tmp_path.iterdir()) == [path]  # no partial file stays
+
+
+def mapped() -> Calibration:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(HEADS, DIM, DIM, generator=generator, dtype=torch.float32)
+    offsets = KeyOffsets(
+        torch.ones(HEADS, DIM, dtype=torch.float32), Rotary(rotary_frequencies(DIM))
+    )
+    layers = {3: LayerCalibration(offsets=offsets, k_map=KeyMap(matrix))}
+    return Calibration(fingerprint(), layers, {})
+
+
+def test_a_key_map_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.safetensors"
+    want = mapped()
+    want.save(path)
+    got = Calibration.load(path)
+    a, b = want.layers[3].k_map, got.layers[3].k_map
+    assert a is not None and b is not None
+    assert torch.equal(a.matrix, b.matrix) and torch.equal(a.inverse, b.inverse)
+    assert got.without("k_map").layers[3].k_map is None
+    assert got.without("k_map").layers[3].offsets is not None
+    assert got.keep("k_map").layers[3].k_map is not None
+
+
+@pytest.mark.parametrize(
+    ("tensors", "version", "message"),
+    [
+        ({"3.k_map": torch.ones(HEADS, DIM, DIM).float()}, VERSION, "an inverse"),
+        ({"3.k_map": torch.full((HEADS, DIM, DIM), torch.nan).float()}, VERSION, "an inverse"),
+        ({"3.k_map": torch.eye(DIM).float()}, VERSION, "heads, head_dim, head_dim"),
+        ({"3.k_map": torch.eye(DIM).float().repeat(HEADS, 1, 1).half()}, VERSION, "torch.float32"),
+        (
+            {"3.k_map": torch.eye(DIM).float().repeat(HEADS + 1, 1, 1)},
+            VERSION,
+            "one number of heads",
+        ),
+        (
+            {"3.k_map": torch.eye(DIM).float().repeat(HEADS, 1, 1)},
+            2,
+            "k_map: wanted none before version 3",
+        ),
+        (
+            {
+                "3.k_map": torch.eye(DIM).float().repeat(HEADS, 1, 1),
+                "3.k_scale": torch.ones(HEADS, DIM).float(),
+            },
+            VERSION,
+            "wanted none beside k_map",
+        ),
+    ],
+)
+def test_a_key_map_that_nothing_can_use_is_refused(
+    tmp_path: pathlib.Path, tensors: dict[str, torch.Tensor], version: int, message: str
+) -> None:
+    path = tmp_path / "c.safetensors"
+    mapped().save(path)
+    stored, metadata = read_sealed(path)
+    header = {**json.loads(metadata[FORMAT]), "version": version}
+    write_sealed(path, "path", {**stored, **tensors}, {FORMAT: json.dumps(header)})
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.load(path)
+
+
+def test_files_of_the_version_without_maps_are_still_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.safetensors"
+    example().save(path)
+    stored, metadata = read_sealed(path)
+    header = {**json.loads(metadata[FORMAT]), "version": 2}
+    write_sealed(path, "path", stored, {FORMAT: json.dumps(header)})
+    assert Calibration.load(path).layers[0].offsets is not None
+
+
+def test_a_key_map_of_other_heads_is_refused_by_a_layer() -> None:
+    layer = mapped().layers[3]
+    layer.check(HEADS, DIM, DIM)
+    with pytest.raises(ValueError, match=r"k_map: wanted shape|offsets: wanted shape"):
+        layer.check(HEADS + 1, DIM, DIM)
+    only = LayerCalibration(k_map=layer.k_map)
+    with pytest.raises(ValueError, match=r"k_map: wanted shape \[3, 64, 64\], got \[2, 64, 64\]"):
+        only.check(HEADS + 1, DIM, DIM)
 
 
 def test_same_weights_in_another_dtype_are_the_same_model(tmp_path: pathlib.Path) -> None:

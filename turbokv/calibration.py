@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,25 @@ from turbokv.core import Codebook
 from turbokv.fingerprint import SKETCH_SIZE as SKETCH_SIZE
 from turbokv.fingerprint import Fingerprint
 from turbokv.fingerprint import architecture_sha256 as architecture_sha256
-from turbokv.sealed import SEAL, DamagedFileError, check_finite, read_sealed, write_sealed
+from turbokv.key_map import KeyMap
+from turbokv.sealed import (
+    SEAL,
+    DamagedFileError,
+    as_number,
+    as_object,
+    as_text,
+    check_finite,
+    check_members,
+    read_sealed,
+    refuse_constant,
+    write_sealed,
+)
 
 FORMAT = "turbokv-calibration"
-# 1 had no seal; its files are still read.
-VERSION = 2
+# 1 had no seal, 2 no maps; their files are still read.
+VERSION = 3
 _SEALED_SINCE = 2
+_MAPPED_SINCE = 3
 # Four times the energy to quantise is four times the squared error: what a bit less would give.
 _ENERGY_PER_BIT = 4.0
 # SmolLM2 diverges less than fp8 with 1.3 of 4 bits lost in its weakest layer, so that is borne; a
@@ -58,6 +71,9 @@ class LayerCalibration:
         Calibrated levels.
     k_spread
         fp32 ``[heads]``: mean squared distance of keys from the mean key before rotary embedding.
+    k_map
+        Keys and their offsets are mapped by it before compression, queries by its inverse
+        transpose. Never beside ``k_scale``, which is such a map too.
     """
 
     offsets: KeyOffsets | None = None
@@ -67,6 +83,12 @@ class LayerCalibration:
     k_codebook: Codebook | None = None
     v_codebook: Codebook | None = None
     k_spread: Tensor | None = None
+    k_map: KeyMap | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse two maps of keys, of which either was measured without the other."""
+        if self.k_map is not None and self.k_scale is not None:
+            raise ValueError("k_scale: wanted none beside k_map, got both")
 
     def share_left(self) -> float | None:
         """Return which share of the keys' energy is mean key that the offsets could not take.
@@ -93,6 +115,7 @@ class LayerCalibration:
             v_scale=move(self.v_scale),
             v_shift=move(self.v_shift),
             k_spread=move(self.k_spread),
+            k_map=None if self.k_map is None else self.k_map.to(device),
         )
 
     def check(self, heads: int, k_dim: int, v_dim: int) -> None:
@@ -108,17 +131,31 @@ class LayerCalibration:
                 raise ValueError(
                     f"calibration {name}: wanted shape {[heads, dim]}, got {list(tensor.shape)}"
                 )
+        if self.k_map is not None and tuple(self.k_map.matrix.shape) != (heads, k_dim, k_dim):
+            raise ValueError(
+                f"calibration k_map: wanted shape {[heads, k_dim, k_dim]}, got"
+                f" {list(self.k_map.matrix.shape)}"
+            )
 
     def fold_k(self, k: Tensor) -> Tensor:
-        """Divide keys ``[..., heads, tokens, head_dim]`` by the channel scales."""
+        """Bring keys ``[..., heads, tokens, head_dim]`` into the space where they are compressed.
+
+        Divided by the channel scales, in ``k``'s dtype; or mapped, which gives float32.
+        """
+        if self.k_map is not None:
+            return self.k_map.map_keys(k)
         return k if self.k_scale is None else k / self.k_scale[:, None].to(k.dtype)
 
     def unfold_k(self, k: Tensor) -> Tensor:
         """Undo :meth:`fold_k`."""
+        if self.k_map is not None:
+            return self.k_map.unmap_keys(k)
         return k if self.k_scale is None else k * self.k_scale[:, None].to(k.dtype)
 
     def scale_offset(self, offset: Tensor) -> Tensor:
         """Bring key offsets ``[..., heads, tokens, head_dim]`` into folded space."""
+        if self.k_map is not None:
+            return self.k_map.map_keys(offset)
         return offset if self.k_scale is None else offset / self.k_scale[:, None]
 
     def fold_v(self, v: Tensor) -> Tensor:
@@ -218,7 +255,7 @@ class Calibration:
         ----------
         names
             Among ``offsets``, ``k_scale``, ``v_scale``, ``v_shift``, ``k_codebook``,
-            ``v_codebook``, ``k_spread``.
+            ``v_codebook``, ``k_spread``, ``k_map``.
         """
         known = set(LayerCalibration.__dataclass_fields__)
         unknown = set(names) - known
@@ -228,6 +265,10 @@ class Calibration:
         return replace(
             self, layers={i: replace(layer, **dropped) for i, layer in self.layers.items()}
         )
+
+    def without(self, *names: str) -> Calibration:
+        """Return a calibration without the named parts, which are those of :meth:`keep`."""
+        return self.keep(*(set(LayerCalibration.__dataclass_fields__) - set(names)))
 
     # --- files --------------------------------------------------------------------------------
 
@@ -246,6 +287,8 @@ class Calibration:
                 tensor = getattr(layer, name)
                 if tensor is not None:
                     tensors[f"{index}.{name}"] = tensor
+            if layer.k_map is not None:
+                tensors[f"{index}.k_map"] = layer.k_map.matrix
             for name in ("k_codebook", "v_codebook"):
                 book: Codebook | None = getattr(layer, name)
                 if book is not None:
@@ -279,7 +322,7 @@ class Calibration:
     def load(
         cls, path: str | pathlib.Path, *, fingerprint: Fingerprint | None = None
     ) -> Calibration:
-        """Read a file written by :meth:`save`, of this version or the one before.
+        """Read a file written by :meth:`save`, of this version or one before.
 
         Parameters
         ----------
@@ -344,7 +387,7 @@ def _decode(text: str, tensors: dict[str, Tensor], is_sealed: bool) -> Calibrati
     ValueError, TypeError, KeyError, RecursionError
         If a part is missing, is there without being known, or has a value that nothing can use.
     """
-    header = json.loads(text, parse_constant=_no_constant)
+    header = json.loads(text, parse_constant=refuse_constant)
     version = header["version"]
     if type(version) is not int or version not in range(1, VERSION + 1):
         raise _VersionError(f"version 1 to {VERSION}, and it has {str(version)[:20]}")
@@ -353,45 +396,50 @@ def _decode(text: str, tensors: dict[str, Tensor], is_sealed: bool) -> Calibrati
         raise _VersionError(
             f"{with_seal}, and version {version} has {'one' if is_sealed else 'none'}"
         )
-    _only(header, "format", "version", "fingerprint", "source", "layers")
+    check_members(header, "format", "version", "fingerprint", "source", "layers")
     if header["format"] != FORMAT:
         raise ValueError(f"format: wanted {FORMAT}, got {str(header['format'])[:40]!r}")
     found = header["fingerprint"]
-    _only(found, "config_sha256", "sketch", "name")
+    check_members(found, "config_sha256", "sketch", "name")
     left = dict(tensors)
     layers = {}
-    for key, entry in _dict(header["layers"]).items():
+    for key, entry in as_object(header["layers"]).items():
         index = int(key)
         if str(index) != key or index < 0:
             raise ValueError(f"layers: wanted their indices, got {key[:20]!r}")
+        if version < _MAPPED_SINCE and f"{index}.k_map" in left:
+            raise ValueError(f"k_map: wanted none before version {_MAPPED_SINCE}, got one")
         layers[index] = _layer(index, entry, left)
     if left:
         raise ValueError(f"tensors: wanted those of the header's layers, got {sorted(left)[:3]}")
     mark = Fingerprint(
-        _text(found["config_sha256"]),
-        tuple(_number(x) for x in found["sketch"]),
-        _text(found["name"]),
+        as_text(found["config_sha256"]),
+        tuple(as_number(x) for x in found["sketch"]),
+        as_text(found["name"]),
     )
-    return Calibration(mark, layers, _dict(header["source"]))
+    return Calibration(mark, layers, as_object(header["source"]))
 
 
 def _layer(index: int, entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerCalibration:
     """Build one layer from its header entry, and take its tensors out of the file's."""
     books = ("k_codebook", "v_codebook")
-    _only(entry, "interleaved", *books, optional=True)
+    check_members(entry, "interleaved", *books, optional=True)
     found: dict[str, Any] = {name: tensors.pop(f"{index}.{name}", None) for name in _TENSORS}
     if "interleaved" in entry:
         if not isinstance(entry["interleaved"], bool):
             raise TypeError(f"interleaved: wanted true or false, got {entry['interleaved']!r}")
         rotary = Rotary(tensors.pop(f"{index}.inv_freq"), entry["interleaved"])
         found["offsets"] = KeyOffsets(tensors.pop(f"{index}.mu"), rotary)
+    matrix = tensors.pop(f"{index}.k_map", None)
+    if matrix is not None:
+        found["k_map"] = KeyMap(matrix)
     for name in books:
         if name in entry:
-            book = _dict(entry[name])
-            _only(book, "bits", "magnitudes", "step", "frac_bits")
-            magnitudes = tuple(_number(x) for x in book["magnitudes"])
+            book = as_object(entry[name])
+            check_members(book, "bits", "magnitudes", "step", "frac_bits")
+            magnitudes = tuple(as_number(x) for x in book["magnitudes"])
             found[name] = Codebook(
-                book["bits"], magnitudes, _number(book["step"]), book["frac_bits"]
+                book["bits"], magnitudes, as_number(book["step"]), book["frac_bits"]
             )
     layer = LayerCalibration(**found)
     _check_numbers(index, layer)
@@ -431,35 +479,7 @@ def _check_numbers(index: int, layer: LayerCalibration) -> None:
         if (name.endswith("_scale") and least <= 0) or (name.endswith("_spread") and least < 0):
             raise ValueError(f"{name}: wanted positive numbers, got {least}")
         heads[name] = tensor.shape[0]
+    if layer.k_map is not None:
+        heads[f"{index}.k_map"] = layer.k_map.num_kv_heads
     if len(set(heads.values())) > 1:
         raise ValueError(f"layer {index}: wanted one number of heads, got {heads}")
-
-
-def _only(found: Any, *names: str, optional: bool = False) -> None:
-    """Refuse an object of a header with other members than ``names``."""
-    got = set(_dict(found))
-    if got - set(names) or (not optional and got != set(names)):
-        raise ValueError(f"header: wanted {', '.join(names)}, got {sorted(got)[:8]}")
-
-
-def _dict(found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise TypeError(f"header: wanted an object, got {type(found).__name__}")
-    return found
-
-
-def _text(found: Any) -> str:
-    if not isinstance(found, str):
-        raise TypeError(f"header: wanted a string, got {type(found).__name__}")
-    return found
-
-
-def _number(found: Any) -> float:
-    """Return an int or finite float as it is: codebooks tell them apart."""
-    if type(found) not in (int, float) or not math.isfinite(found):
-        raise TypeError(f"header: wanted a finite number, got {str(found)[:20]!r}")
-    return found  # type: ignore[no-any-return]
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"header: wanted finite numbers, got {name}")

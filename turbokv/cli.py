@@ -204,11 +204,22 @@ def _measured(
     from turbokv.integrations.transformers.calibration_choice import auto_calibration
 
     found: dict[str, Calibration] = {}
-    if given is not None:
-        found["centred"] = given
-    elif "centred" in wanted:
-        ids = held_out.to(loaded.device)
-        found["centred"] = measure(loaded.model, ids, tokens=4096, bos=bos, name=loaded.name)
+    whole = given
+    if whole is None and {"centred", "mapped"} & wanted:
+        whole = measure(
+            loaded.model,
+            held_out.to(loaded.device),
+            parts=("offsets", "k_map") if "mapped" in wanted else ("offsets",),
+            tokens=4096,
+            bos=bos,
+            name=loaded.name,
+        )
+    if whole is not None:
+        is_mapped = any(layer.k_map is not None for layer in whole.layers.values())
+        if "mapped" in wanted and not is_mapped and whole.layers:
+            raise ValueError("calibration: wanted a file with k_map for +mapped, got one without")
+        found["mapped"] = whole
+        found["centred"] = whole.without("k_map")
     if "random" in wanted:  # what engines take when they are given nothing
         found["random"] = auto_calibration(loaded.model)
     return found
@@ -239,7 +250,7 @@ def evaluate(
         int, typer.Option(min=0, help="Position of the first token (tests long contexts).")
     ] = 0,
     calibration: Annotated[
-        pathlib.Path | None, typer.Option(help="Use this file for +centred.")
+        pathlib.Path | None, typer.Option(help="Use this file for +centred and +mapped.")
     ] = None,
     needle: Annotated[bool, typer.Option(help="Also run the needle grid.")] = False,
     needle_contexts: Annotated[str, typer.Option(help="Comma list of tokens.")] = "512,1024,2048",
@@ -280,7 +291,7 @@ def evaluate(
     loaded = _load(model, dtype, device)
     if given is not None:
         given.check_model(fingerprint(loaded.model, loaded.name))
-    reserve = 4096 if "centred" in wanted and given is None and other_text is None else 0
+    reserve = 4096 if {"centred", "mapped"} & wanted and given is None and other_text is None else 0
     sample = ev.sample_text(loaded.tokenizer, own_text, tokens, passages, reserve)
     held_out = sample.held_out if other_text is None else ev.encode(loaded.tokenizer, other_text)
     with _progress() as progress:
@@ -338,25 +349,34 @@ def calibrate(
     output: Annotated[pathlib.Path, typer.Argument(help="File to write (.safetensors).")],
     model: ModelOption = None,
     text: Annotated[
-        str | None,
-        typer.Option(help="'topics', 'code' or a file; without it random token ids are run."),
+        list[str] | None,
+        typer.Option(
+            help="'topics', 'code' or a file; several times for several texts, each its share of"
+            " --tokens. Without it random token ids are run."
+        ),
     ] = None,
     parts: Annotated[
         str,
         typer.Option(
-            help="Comma list: offsets, k_scale, v_scale, v_shift, k_codebook, v_codebook."
+            help="Comma list: offsets, k_map, k_scale, v_scale, v_shift, k_codebook, v_codebook."
         ),
     ] = "offsets",
     k_bits: Annotated[int, typer.Option(min=2, max=8, help="For codebooks.")] = 4,
     v_bits: Annotated[int | None, typer.Option(min=2, max=8, help="For codebooks.")] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to run.")] = 8192,
     context: Annotated[int, typer.Option(min=16, help="Tokens a forward pass.")] = 1024,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest context that k_map is for; default the model's to 32768."
+        ),
+    ] = None,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a model's calibration (centred keys) and write it to a file."""
+    """Measure a model's calibration (centred and mapped keys) and write it to a file."""
     check_writable(output, "output")
     _check_compute(dtype, device, threads)
     from turbokv.integrations.transformers.calibrate import calibrate as measure
@@ -365,9 +385,9 @@ def calibrate(
     from turbokv.integrations.transformers.models import leading_token
 
     chosen = check_parts(tuple(part.strip() for part in parts.split(",")))
-    own_text = None if text is None else read_text(text)
+    own_texts = [read_text(name) for name in text or ()]
     loaded = _load(model, dtype, device)
-    ids = None if own_text is None else encode(loaded.tokenizer, own_text)
+    ids = [encode(loaded.tokenizer, own) for own in own_texts] or None
     with _progress() as progress:
         task = progress.add_task("running the model")
         result = measure(
@@ -379,6 +399,7 @@ def calibrate(
             context=context,
             tokens=tokens,
             bos=leading_token(loaded.tokenizer),
+            longest=longest,
             name=loaded.name,
             progress=lambda done, total: progress.update(
                 task, description=f"ran {min(done, total)} of {total} tokens"
@@ -389,20 +410,25 @@ def calibrate(
     if weakness is not None:
         errors.print(f"[yellow]turbokv:[/yellow] {weakness}", highlight=False)
     centred = sum(layer.offsets is not None for layer in result.layers.values())
+    mapped = sum(layer.k_map is not None for layer in result.layers.values())
+    size = output.stat().st_size
     if as_json:
         _print_json(
             {
                 "output": output,
+                "bytes": size,
                 "layers": len(result.layers),
                 "centred_layers": centred,
+                "mapped_layers": mapped,
                 "source": result.source,
                 "fingerprint": result.fingerprint.config_sha256,
             }
         )
         return
     console.print(
-        f"{output}: {len(result.layers)} layers, {centred} with centred keys,"
-        f" from {result.source['tokens']} tokens of {result.source['from']}"
+        f"{output}: {len(result.layers)} layers, {centred} with centred keys, {mapped} with mapped"
+        f" ones, from {result.source['tokens']} tokens of {result.source['from']};"
+        f" {size / 1e6:.2f} MB"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from turbokv import core
 from turbokv.centring import SEGMENT
 from turbokv.codec import TurboKVCodec
+from turbokv.key_map import KeyMap
 from turbokv.page_layout import FORMAT_VERSION as FORMAT_VERSION
 from turbokv.page_layout import MIN_PADDED_DIM as MIN_PADDED_DIM
 from turbokv.page_layout import PAGE_BITS as PAGE_BITS
@@ -47,6 +48,9 @@ class PagedKVCache:
     pages
         Storage to adopt, uint8 ``[num_pages, num_kv_heads, page_head_bytes]``, any strides.
         Allocated and zeroed if absent.
+    key_map
+        Maps keys and offsets before they are stored, and queries to meet them. Offsets of all
+        methods are in original space.
 
     Notes
     -----
@@ -62,6 +66,7 @@ class PagedKVCache:
         page_size: int = TILE,
         *,
         pages: Tensor | None = None,
+        key_map: KeyMap | None = None,
     ) -> None:
         check_count(num_pages, "num_pages")
         norm_dtype = codec.vector_format("k").norm_dtype
@@ -77,6 +82,16 @@ class PagedKVCache:
             pages = torch.zeros(shape, dtype=torch.uint8, device=codec.device)
         self._check(pages, "pages", shape, (torch.uint8,))
         self.pages = pages
+        if key_map is not None:
+            wanted = (num_kv_heads, codec.head_dim, codec.head_dim)
+            self._check(key_map.matrix, "key_map", wanted)
+        self.key_map = key_map
+
+    def _mapped(self, k: Tensor) -> Tensor:
+        """Map ``[..., num_kv_heads, head_dim]`` as keys are."""
+        if self.key_map is None:
+            return k
+        return self.key_map.map_keys(k.unsqueeze(-2)).squeeze(-2)
 
     def append(
         self, k: Tensor, v: Tensor, slot_mapping: Tensor, k_offset: Tensor | None = None
@@ -99,6 +114,9 @@ class PagedKVCache:
         limit = self.num_pages * self.layout.page_size
         _check_values(slot_mapping, "slot_mapping", -1, limit - 1)
         keep = slot_mapping >= 0
+        k = self._mapped(k)
+        if k_offset is not None and self.key_map is not None:
+            k_offset = self._mapped(k_offset.expand(k.shape))
         k_packed, k_norms = self.codec.compress_k(k, offset=k_offset)
         v_packed, v_norms = self.codec.compress_v(v)
         slots = slot_mapping[keep]
@@ -141,6 +159,8 @@ class PagedKVCache:
         k_packed, k_norms, v_packed, v_norms = self.gather_packed(kv_indices, length)
         offset = self._token_offsets(k_offset, length)
         k = self.codec.decompress_k(k_packed, k_norms, offset=offset, dtype=torch.float32)
+        if self.key_map is not None:
+            k = self.key_map.unmap_keys(k.unsqueeze(-2)).squeeze(-2)
         return k, self.codec.decompress_v(v_packed, v_norms, dtype=torch.float32)
 
     def attention(
@@ -194,7 +214,10 @@ class PagedKVCache:
         if rest or not group_size:
             raise ValueError(f"q: wanted a multiple of {num_kv_heads} heads, got {num_qo_heads}")
         scale = 1.0 / math.sqrt(self.codec.head_dim) if sm_scale is None else sm_scale
-        rotated = self.codec.rotate_query(q.to(torch.float32)).to(torch.float64)
+        asked = q.to(torch.float32)
+        if self.key_map is not None:
+            asked = self.key_map.map_queries(asked.unsqueeze(-2)).squeeze(-2)
+        rotated = self.codec.rotate_query(asked).to(torch.float64)
         rotated = rotated.view(q.shape[0], num_kv_heads, group_size, self.codec.padded_dim)
         out = torch.zeros(rotated.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(out.shape[:-1], -math.inf, dtype=torch.float32, device=q.device)
@@ -255,7 +278,8 @@ class PagedKVCache:
         needed = -(-length // SEGMENT)
         if k_offset.shape[0] < needed:
             raise ValueError(f"k_offset: wanted {needed} segments, got {k_offset.shape[0]}")
-        return k_offset[torch.arange(length, dtype=torch.int64, device=k_offset.device) // SEGMENT]
+        token = torch.arange(length, dtype=torch.int64, device=k_offset.device)
+        return self._mapped(k_offset)[token // SEGMENT]
 
     def _check(
         self, x: Tensor, name: str, shape: tuple[int | None, ...], dtypes: Dtypes = ()

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -142,3 +143,39 @@ def _digest(data: bytearray, seal_at: int) -> str:
     digest.update(_OPEN.encode())
     digest.update(memoryview(data)[seal_at + len(_OPEN) :])
     return digest.hexdigest()
+
+
+# --- headers: nothing in a file is believed -------------------------------------------------------
+
+
+def check_members(found: Any, *names: str, optional: bool = False) -> None:
+    """Refuse an object of a header with other members than ``names``."""
+    got = set(as_object(found))
+    if got - set(names) or (not optional and got != set(names)):
+        raise ValueError(f"header: wanted {', '.join(names)}, got {sorted(got)[:8]}")
+
+
+def as_object(found: Any) -> dict[str, Any]:
+    """Return a member of a header that is an object, or raise TypeError."""
+    if not isinstance(found, dict):
+        raise TypeError(f"header: wanted an object, got {type(found).__name__}")
+    return found
+
+
+def as_text(found: Any) -> str:
+    """Return a member of a header that is a string, or raise TypeError."""
+    if not isinstance(found, str):
+        raise TypeError(f"header: wanted a string, got {type(found).__name__}")
+    return found
+
+
+def as_number(found: Any) -> float:
+    """Return an int or finite float as it is: codebooks tell them apart."""
+    if type(found) not in (int, float) or not math.isfinite(found):
+        raise TypeError(f"header: wanted a finite number, got {str(found)[:20]!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and infinities: ``parse_constant`` of a header's JSON."""
+    raise ValueError(f"header: wanted finite numbers, got {name}")

@@ -99,7 +99,8 @@ def test_mean_key_is_the_pre_rotary_mean() -> None:
 
 def test_every_part_can_be_measured_and_used_in_a_cache() -> None:
     model = llama()
-    got = calibrate(model, tokens=1200, context=300, parts=PARTS, k_bits=4, v_bits=3)
+    parts = tuple(part for part in PARTS if part != "k_map")  # which excludes k_scale
+    got = calibrate(model, tokens=1200, context=300, parts=parts, k_bits=4, v_bits=3)
     assert got.source["from"] == "random token ids"
     assert got.fingerprint == fingerprint(model)
     assert model.config._attn_implementation == "sdpa"  # put back after capturing queries
@@ -119,6 +120,83 @@ def test_every_part_can_be_measured_and_used_in_a_cache() -> None:
     assert 0 < scores["all"].kl < 2 * scores["none"].kl
 
 
+def peaked(seed: int = 0) -> LlamaForCausalLM:
+    """A model whose heads care for some channels far more than for others, as trained ones do."""
+    model = llama(initializer_range=0.3, max_position_embeddings=2048)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for name, spread in (("q_proj", 1.5), ("k_proj", 1.5)):
+                weight = getattr(layer.self_attn, name).weight
+                rows = torch.randn(weight.shape[0], 1, generator=generator, dtype=torch.float32)
+                rows *= spread
+                weight.mul_(rows.exp() / rows.exp().square().mean().sqrt())
+    return model
+
+
+def test_mapped_keys_diverge_less_than_centred_ones() -> None:
+    model = peaked()
+    ids = torch.randint(3, 97, (2, 2000), generator=torch.Generator().manual_seed(1))
+    got = calibrate(model, ids[:1], context=400, parts=("offsets", "k_map"))
+    assert all(layer.k_map is not None for layer in got.layers.values())
+    assert got.source["parts"] == ["offsets", "k_map"]
+
+    def cache(calibration: object) -> TurboKVCache:
+        return TurboKVCache(model.config, 3, 8, calibration=calibration)  # type: ignore[arg-type]
+
+    scores = compare(
+        model,
+        ids[1:, :600],
+        {"mapped": lambda: cache(got), "centred": lambda: cache(got.without("k_map"))},
+        chunk=100,
+    )
+    assert 0 < scores["mapped"].kl < 0.7 * scores["centred"].kl
+
+
+def test_window_and_sinks_hold_unmapped_keys() -> None:
+    """What is kept in 16 bits comes back to the bit, and what was compressed near enough."""
+    model = peaked()
+    got = calibrate(model, tokens=800, context=400, parts=("offsets", "k_map"))
+    cache = TurboKVCache(model.config, 5, 4, window=16, sinks=4, calibration=got)
+    k, v = (torch.randn(1, 2, 60, 32, dtype=torch.float32).half().float() for _ in range(2))
+    cache.layers[0].update(k, v)
+    keys, _ = cache.layers[0].update(k[:, :, :1], v[:, :, :1])
+    assert torch.equal(keys[:, :, :4], k[:, :, :4])
+    assert torch.equal(keys[:, :, 44:60], k[:, :, 44:])
+    error = (keys[:, :, 4:44] - k[:, :, 4:44]).norm() / k[:, :, 4:44].norm()
+    assert 0.01 < float(error) < 1
+    # in mapped space the error is the codec's
+    key_map = got.layers[0].k_map
+    assert key_map is not None
+    a, b = (key_map.map_keys(x[:, :, 4:44]) for x in (keys, k))
+    assert float((a - b).norm() / b.norm()) < 0.06
+
+
+def test_several_texts_share_the_tokens() -> None:
+    model = llama()
+    seen: list[tuple[int, ...]] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    texts = [torch.randint(3, 97, (1, n)) for n in (500, 90)]
+    got = calibrate(model, texts, context=100, tokens=400)
+    hook.remove()
+    assert got.source["tokens"] == 200 + 90 and got.source["texts"] == 2
+    assert seen[1:] == [(1, 100), (1, 100), (1, 90)]  # after the probe of rotary embeddings
+
+
+def test_maps_are_made_for_the_context_asked_for() -> None:
+    model = peaked()
+    ids = torch.randint(3, 97, (1, 600))
+    near, far, own = (
+        calibrate(model, ids, context=300, parts=("offsets", "k_map"), longest=longest)
+        for longest in (1, 2048, None)
+    )
+    matrices = [c.layers[0].k_map.matrix for c in (near, far, own)]  # type: ignore[union-attr]
+    assert torch.equal(matrices[1], matrices[2])  # 2048 is the model's own
+    assert not torch.allclose(matrices[0], matrices[1], atol=1e-2)
+
+
 def test_spread_is_the_distance_from_the_mean_key() -> None:
     model = llama()
     got = calibrate(model, torch.randint(3, 97, (1, 100)), context=100)
@@ -133,6 +211,13 @@ def test_bad_arguments_are_named() -> None:
     model = llama()
     with pytest.raises(ValueError, match="parts: wanted some of"):
         calibrate(model, parts=("mean",))
+    for parts in (("k_map",), ("offsets", "k_map", "k_scale")):
+        with pytest.raises(ValueError, match="parts: wanted offsets and no k_scale beside k_map"):
+            calibrate(model, parts=parts)
+    with pytest.raises(ValueError, match="context: wanted more than 132 tokens for k_map"):
+        calibrate(model, parts=("offsets", "k_map"), context=128)
+    with pytest.raises(ValueError, match="ids: wanted at least one text, got none"):
+        calibrate(model, [])
     with pytest.raises(ValueError, match=r"ids: wanted shape \[1, 64 or more\], got \[1, 10\]"):
         calibrate(model, torch.zeros(1, 10, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ids: wanted shape \[1, more than 64\]"):

@@ -22,6 +22,12 @@ from turbokv.codec import TurboKVCodec
 from turbokv.integrations.transformers import checks
 from turbokv.integrations.transformers.calibration_choice import choose_calibration
 from turbokv.integrations.transformers.layers import (
+    DEFAULT_SINKS as DEFAULT_SINKS,
+)
+from turbokv.integrations.transformers.layers import (
+    DEFAULT_WINDOW as DEFAULT_WINDOW,
+)
+from turbokv.integrations.transformers.layers import (
     Options,
     TurboKVHybridLayer,
     TurboKVLayer,
@@ -33,9 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from turbokv.calibration import Calibration
-
-DEFAULT_WINDOW = 128
-DEFAULT_SINKS = 4
 
 
 class TurboKVCache(Cache):  # type: ignore[misc]

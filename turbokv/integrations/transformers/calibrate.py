@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,11 +20,13 @@ from turbokv.calibrate_static import SKIP_TOKENS, StaticCalibrator, random_ids, 
 from turbokv.calibration import Calibration, LayerCalibration
 from turbokv.centring import PROBE_TOKENS, KeyOffsets, Rotary, matching_rotary, no_rotary
 from turbokv.codec import TurboKVCodec
-from turbokv.integrations.transformers.layers import sees_everything
+from turbokv.integrations.transformers.layers import DEFAULT_SINKS, DEFAULT_WINDOW, sees_everything
 from turbokv.integrations.transformers.models import fingerprint
+from turbokv.key_map import MAX_SHIFTED, KeyMapCalibrator
 
-_CAPTURE = "turbokv_capture_queries"
-PARTS = ("offsets", "k_scale", "v_scale", "v_shift", "k_codebook", "v_codebook")
+_CAPTURE = "turbokv_capture"
+PARTS = ("offsets", "k_map", "k_scale", "v_scale", "v_shift", "k_codebook", "v_codebook")
+_LEAST_TOKENS = 64
 
 
 def _layers_of(cache: DynamicCache, config: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -70,22 +72,27 @@ def find_rotary(model: Any) -> dict[int, Rotary]:
     return found
 
 
+# Called with the layer's index, its query, key and value as attention gets them, and its options.
+_Observer = Callable[[int, Tensor, Tensor, Tensor, dict[str, Any]], None]
+
+
 @contextmanager
-def _captured_queries(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the query of every attention call, ``[batch, num_qo_heads, tokens, head_dim]``."""
-    queries: list[Tensor] = []
+def _observed(model: Any, observer: _Observer) -> Iterator[None]:
+    """Have ``observer`` called before every attention of the model."""
     previous = model.config._attn_implementation
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-    def capture(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        queries.append(query.detach())
-        return inner(module, query, *args, **kwargs)
+    def capture(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        observer(module.layer_idx, query.detach(), key.detach(), value.detach(), kwargs)
+        return inner(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register(_CAPTURE, capture)
     AttentionMaskInterface.register(_CAPTURE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation(_CAPTURE)
     try:
-        yield queries
+        yield
     finally:
         model.set_attn_implementation(previous)
 
@@ -97,9 +104,11 @@ def random_tokens(model: Any, count: int, seed: int = 0) -> Tensor:
 
 
 def check_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return ``parts`` if :func:`calibrate` knows them all, else raise ValueError."""
+    """Return ``parts`` if :func:`calibrate` can measure them all, else raise ValueError."""
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts: wanted some of {PARTS}, got {parts}")
+    if "k_map" in parts and ("offsets" not in parts or "k_scale" in parts):
+        raise ValueError(f"parts: wanted offsets and no k_scale beside k_map, got {parts}")
     return parts
 
 
@@ -111,7 +120,7 @@ def _body(model: Any) -> Any:
 @torch.inference_mode()
 def calibrate(
     model: Any,
-    ids: Tensor | None = None,
+    ids: Tensor | Sequence[Tensor] | None = None,
     *,
     parts: tuple[str, ...] = ("offsets",),
     k_bits: int = 4,
@@ -119,6 +128,7 @@ def calibrate(
     context: int = 1024,
     tokens: int = 8192,
     bos: int | None = None,
+    longest: int | None = None,
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
@@ -129,19 +139,23 @@ def calibrate(
     model
         A Transformers causal language model.
     ids
-        int64 ``[1, tokens]`` of text; None takes random token ids.
+        int64 ``[1, tokens]`` of a text, or several such; None takes random token ids.
     parts
-        What to measure: ``offsets`` (centred keys), ``k_scale``, ``v_scale``, ``v_shift``,
-        ``k_codebook``, ``v_codebook``. Only ``offsets`` is known to help; ``turbokv eval`` judges.
+        What to measure: ``offsets`` (centred keys), ``k_map`` (mapped keys, needs ``offsets``),
+        ``k_scale``, ``v_scale``, ``v_shift``, ``k_codebook``, ``v_codebook``. Only the first two
+        are known to help; ``turbokv eval`` judges.
     k_bits, v_bits
         Widths that codebooks are made for.
     context
         Tokens per forward pass; positions start at 0 in each.
     tokens
-        Most tokens to read.
+        Most tokens to read, of several texts an equal share of each.
     bos
         Put before every piece of ``context`` tokens: what the model's tokenizer begins a text with
         (:func:`turbokv.integrations.transformers.models.leading_token`), if it does.
+    longest
+        Context in tokens that ``k_map`` is made for; default the model's longest, and at most
+        32768 (:func:`turbokv.key_map.shifted_mean`).
     name
         The model's name, for messages.
     progress
@@ -150,20 +164,22 @@ def calibrate(
     Raises
     ------
     ValueError
-        For unknown parts, or a text shorter than 64 tokens.
+        For unknown parts, a text shorter than 64 tokens, or for ``k_map`` a ``context`` that fits
+        into the window and sinks which caches keep in 16 bits.
     """
     check_parts(parts)
+    if "k_map" in parts and context <= DEFAULT_WINDOW + DEFAULT_SINKS:
+        raise ValueError(
+            f"context: wanted more than {DEFAULT_WINDOW + DEFAULT_SINKS} tokens for k_map, as fewer"
+            f" are not compressed, got {context}"
+        )
     source = "random token ids" if ids is None else "text"
-    if ids is None:
-        ids = random_tokens(model, tokens)
-    if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 64:
-        raise ValueError(f"ids: wanted shape [1, 64 or more], got {list(ids.shape)}")
-    ids = ids[:, :tokens].to(model.device)
+    texts = _texts(random_tokens(model, tokens) if ids is None else ids, tokens, model.device)
     v_bits = k_bits if v_bits is None else v_bits
     rotaries = find_rotary(model) if "offsets" in parts else {}
     statics = StaticCalibrator()
-    pieces = split_text(ids, context, bos)
-    if not rotaries and set(parts) == {"offsets"}:
+    pieces = [piece for text in texts for piece in split_text(text, context, bos)]
+    if not rotaries and not set(parts) - {"offsets", "k_map"}:
         pieces = []  # nothing to measure where no layer's rotary embedding is known
     for number, piece in enumerate(pieces):
         for index, k, v, q in _forward(model, piece, with_queries="k_scale" in parts):
@@ -190,13 +206,35 @@ def calibrate(
             v_scale=statics.v_scale(index) if "v_scale" in parts else None,
             v_shift=statics.v_shift(index) if "v_shift" in parts else None,
         )
+    if "k_map" in parts:
+        layers = _with_maps(model, pieces, layers, rotaries, longest)
     if {"k_codebook", "v_codebook"} & set(parts):
         layers = _with_codebooks(model, pieces, layers, parts, k_bits, v_bits)
     return Calibration(
         fingerprint(model, name),
         layers,
-        {"tokens": int(ids.shape[1]), "from": source, "context": context, "parts": list(parts)},
+        {
+            "tokens": sum(text.shape[1] for text in texts),
+            "texts": len(texts),
+            "from": source,
+            "context": context,
+            "parts": list(parts),
+        },
     )
+
+
+def _texts(ids: Tensor | Sequence[Tensor], tokens: int, device: torch.device) -> list[Tensor]:
+    """Return the texts to read, each its share of ``tokens``, on ``device``."""
+    texts = [ids] if isinstance(ids, Tensor) else list(ids)
+    if not texts:
+        raise ValueError("ids: wanted at least one text, got none")
+    for text in texts:
+        if text.ndim != 2 or text.shape[0] != 1 or text.shape[1] < _LEAST_TOKENS:
+            raise ValueError(
+                f"ids: wanted shape [1, {_LEAST_TOKENS} or more], got {list(text.shape)}"
+            )
+    share = max(tokens // len(texts), _LEAST_TOKENS)
+    return [text[:, :share].to(device) for text in texts]
 
 
 def _forward(
@@ -204,9 +242,13 @@ def _forward(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
     """Run one text; yield each layer's K, V and grouped Q, ``[heads, tokens, dim]``, sans sinks."""
     cache = DynamicCache(config=model.config)
-    queries: list[Tensor] = []
+    queries: dict[int, Tensor] = {}
+
+    def keep(index: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+        queries[index] = q
+
     if with_queries:
-        with _captured_queries(model) as queries:
+        with _observed(model, keep):
             _body(model)(input_ids=piece, past_key_values=cache, use_cache=True)
     else:
         _body(model)(input_ids=piece, past_key_values=cache, use_cache=True)
@@ -217,6 +259,47 @@ def _forward(
             raw = queries[index][0, :, SKIP_TOKENS:]
             q = raw.reshape(k.shape[0], -1, raw.shape[-1])
         yield index, k, v, q
+
+
+def _with_maps(
+    model: Any,
+    pieces: list[Tensor],
+    layers: dict[int, LayerCalibration],
+    rotaries: dict[int, Rotary],
+    longest: int | None,
+) -> dict[int, LayerCalibration]:
+    """Measure maps of centred keys, of layers that compress and whose rotary embedding is known."""
+    found = KeyMapCalibrator(DEFAULT_WINDOW, DEFAULT_SINKS)
+
+    def observe(index: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
+        layer = layers.get(index)
+        if layer is None or layer.offsets is None:
+            return
+        offsets = layer.offsets.to(k.device)
+        sinks = options.get("s_aux")
+        found.update(
+            index,
+            q[0],
+            k[0],
+            v[0],
+            offsets.at(0, k.shape[2]),
+            sm_scale=options.get("scaling") or k.shape[-1] ** -0.5,
+            logits_soft_cap=options.get("softcap") or 0.0,
+            sinks=sinks,
+        )
+
+    with _observed(model, observe):
+        for piece in pieces:
+            _body(model)(input_ids=piece, use_cache=False)
+    if longest is None:
+        text = model.config.get_text_config(decoder=True)
+        longest = min(getattr(text, "max_position_embeddings", MAX_SHIFTED), MAX_SHIFTED)
+    return {
+        index: replace(layer, k_map=found.key_map(index, rotaries[index], longest))
+        if index in found.layers()
+        else layer
+        for index, layer in layers.items()
+    }
 
 
 def _with_codebooks(

@@ -28,28 +28,36 @@ from turbokv.integrations.transformers.quality import (
 )
 from turbokv.presets import preset_name, preset_widths
 
-CALIBRATIONS = ("none", "centred", "random")
+CALIBRATIONS = ("none", "centred", "random", "mapped")
 PRESETS = (
     "k8v4+w",
     "k5v4+w",
     "k5v4+w+centred",
+    "k5v4+w+mapped",
     "k4v4",
     "k4v4+w",
     "k4v4+w+random",
     "k4v4+w+centred",
+    "k4v4+w+mapped",
     "k5v3+w",
     "k5v3+w+centred",
+    "k5v3+w+mapped",
     "k4v3+w",
     "k4v3+w+centred",
+    "k4v3+w+mapped",
     "k3v3",
     "k3v3+w",
     "k3v3+w+centred",
+    "k3v3+w+mapped",
     "k4v2+w",
     "k4v2+w+centred",
+    "k4v2+w+mapped",
     "k3v2+w",
     "k3v2+w+centred",
+    "k3v2+w+mapped",
     "k2v2+w",
     "k2v2+w+centred",
+    "k2v2+w+mapped",
 )
 # Scored unless others are asked for: all of them are too slow for several passages on a CPU.
 SHORT_PRESETS = (
@@ -59,10 +67,13 @@ SHORT_PRESETS = (
     "k4v4+w",
     "k4v4+w+random",
     "k4v4+w+centred",
+    "k4v4+w+mapped",
     "k5v3+w",
     "k5v3+w+centred",
     "k3v3+w+centred",
+    "k3v3+w+mapped",
     "k2v2+w+centred",
+    "k2v2+w+mapped",
 )
 RIVALS = tuple(BASELINES)
 _PRESET = re.compile(r"(\w+)((?:\+(?:w\d*|s\d+|[a-z_]+))*)")
@@ -76,10 +87,11 @@ class Preset:
     ----------
     name
         ``tq_k5v3``, then optional ``+w`` or ``+w256`` (recent window), ``+s8`` (sinks; 4 with a
-        window, else 0) and ``+centred`` (keys centred by a calibration from text), ``+random``
-        (from random token ids).
+        window, else 0) and ``+centred`` (keys centred by a calibration from text), ``+mapped``
+        (mapped besides, by the same), ``+random`` (what caches take by default: centred by random
+        token ids).
     calibration
-        ``none``, ``centred`` or ``random``.
+        ``none``, ``centred``, ``mapped`` or ``random``.
     """
 
     name: str
@@ -110,7 +122,8 @@ class Preset:
                 calibration = word
             else:
                 raise ValueError(
-                    f"preset: wanted +w, +wN, +sN, +centred or +random in {name!r}, got +{word}"
+                    f"preset: wanted +w, +wN, +sN, +centred, +mapped or +random in {name!r}, got"
+                    f" +{word}"
                 )
         if found["sinks"] < 0:
             found["sinks"] = sinks if found["window"] else 0

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from turbokv.calibration import LayerCalibration
 
 
+DEFAULT_WINDOW = 128
+DEFAULT_SINKS = 4
+
+
 def sees_everything(layer: object, config: PreTrainedConfig) -> bool:
     """Return whether a layer of ``DynamicCache`` keeps keys and values of the whole context.
 
@@ -228,8 +232,13 @@ class TurboKVLayer(CacheLayerMixin):  # type: ignore[misc]
         """Decompress all compressed tokens and put the sinks' 16-bit copies in place."""
         layer = self._calibration
         offset = self._offset(0, self._compressed)
+        is_mapped = layer is not None and layer.k_map is not None
         keys = self._k_codec.decompress_k(
-            self._k_packed, self._k_norms, offset=offset, dtype=self._codec_dtype
+            self._k_packed,
+            self._k_norms,
+            offset=offset,
+            # a mapped key is rounded to 16 bits once, in the space that attention reads
+            dtype=torch.float32 if is_mapped else self._codec_dtype,
         )
         values = self._v_codec.decompress_v(self._v_packed, self._v_norms, dtype=self._codec_dtype)
         if layer is not None:

@@ -118,6 +118,7 @@ def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> N
             "s",
         ),
         "TurboKV, and centred keys": ([r for r, p in ours if p.calibration == "centred"], "D"),
+        "TurboKV, and mapped keys": ([r for r, p in ours if p.calibration == "mapped"], "*"),
         "TurboKV, centred without text": ([r for r, p in ours if p.calibration == "random"], "P"),
         "vLLM's caches": ([r for r in rows if r.rival], "x"),
     }
