@@ -13,8 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from turbokv import core
-from turbokv import plan as planning
+from turbokv import core, plan_report
 from turbokv.plan import GIB, Plan, plan
 
 LLAMA_8B: dict[str, Any] = {
@@ -431,7 +430,7 @@ def test_plan_is_json_and_renders() -> None:
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["context"] == 250_000
     console = Console(width=160, record=True, file=io.StringIO())
     for config in (LLAMA_8B, GEMMA3_4B, QWEN3_NEXT_80B, DEEPSEEK_V3):
-        console.print(planning.render(plan(config)))
+        console.print(plan_report.render(plan(config)))
     text = console.export_text()
     for words in ("tq4", "window 1024", "36 linear", "61 latent", "of cache"):
         assert words in text

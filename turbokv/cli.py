@@ -12,8 +12,10 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from turbokv.files import check_writable
 from turbokv.presets import PRESETS
@@ -59,6 +61,16 @@ def _json(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_json(entry) for entry in value]
     return value
+
+
+def _show(found: RenderableType) -> None:
+    """Print a result wide enough that no figure is cut, whatever the terminal's width is."""
+    wide = console.options.update(max_width=10_000)
+    parts = found.renderables if isinstance(found, Group) else [found]
+    tables = [part for part in parts if isinstance(part, Table)]
+    needed = [Measurement.get(console, wide, table).maximum for table in tables]
+    width = max(console.width, *needed)
+    console.print(found, width=width, crop=False)
 
 
 def _progress() -> Progress:
@@ -458,6 +470,7 @@ def plan(
 ) -> None:
     """Say how many tokens and sequences fit a GPU at bf16, fp8 and each preset."""
     from turbokv import plan as planner
+    from turbokv import plan_report
 
     result = planner.plan(
         model,
@@ -476,7 +489,7 @@ def plan(
     if as_json:
         _print_json(result.to_dict())
     else:
-        console.print(planner.render(result))
+        _show(plan_report.render(result))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -525,7 +538,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         _print_json([check.to_dict() for check in found])
     else:
-        console.print(checks.render(found))
+        console.print(checks.render(found), soft_wrap=True)
 
 
 def main() -> None:

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 import turbokv
 from turbokv import kernels
@@ -381,17 +380,17 @@ def diagnose() -> list[Check]:
     ]
 
 
-def render(checks: Sequence[Check]) -> Table:
-    """Return the diagnosis as a table for :mod:`rich`."""
+def render(checks: Sequence[Check]) -> Text:
+    """Return the diagnosis for :mod:`rich`, to be printed without wrapping.
+
+    A remedy has a line of its own, so that its command can be copied at any width.
+    """
     styles = {"ok": "green", "warn": "yellow", "missing": "dim"}
-    table = Table(title="What this machine can run")
-    table.add_column("what", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("found")
-    table.add_column("remedy")
+    width = max(len(check.name) for check in checks)
+    lines = [Text("What this machine can run", style="bold")]
     for check in checks:
-        style = styles[check.status]
-        # escaped: "turbokv-cache[triton]" is no markup
-        found, remedy = escape(check.detail), escape(check.remedy or "")
-        table.add_row(check.name, f"[{style}]{check.status}[/{style}]", found, remedy)
-    return table
+        status = (f"{check.status:8}", styles[check.status])
+        lines.append(Text.assemble(status, f"{check.name:{width}}  ", check.detail))
+        if check.remedy:
+            lines.append(Text.assemble(" " * 8, ("-> ", "bold"), check.remedy))
+    return Text("\n").join(lines)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
-
-from rich.table import Table
 
 from turbokv.engine_pages import BATCH_TOKENS, PageKind, vllm_tokens
 from turbokv.model_config import (
@@ -77,6 +76,8 @@ class Plan:
 
     Attributes
     ----------
+    name
+        That of the model's folder, or its type where none was given.
     layers, rank_layers
         What the whole model's layers hold, and those of the rank that has the least room: its
         stage's layers, with its own KV heads.
@@ -88,6 +89,7 @@ class Plan:
         What the figures do not say.
     """
 
+    name: str
     model_type: str
     tensor_parallel: int
     pipeline_parallel: int
@@ -285,6 +287,26 @@ def _notes(
             yield "the checkpoint's quantisation is not known; set the width of the weights"
 
 
+def size_text(num_bytes: float) -> str:
+    """Return bytes in the unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def describe(group: LayerGroup) -> str:
+    """Return layers of one kind in words."""
+    if group.kind == "linear":
+        return f"{group.num_layers} linear ({size_text(group.state_bytes)} per sequence)"
+    if group.kind == "latent":
+        return f"{group.num_layers} latent ({group.k_dim} numbers per token)"
+    dims = f"{group.k_dim}" if group.k_dim == group.v_dim else f"{group.k_dim}/{group.v_dim}"
+    window = f", window {group.window}" if group.window else ""
+    return f"{group.num_layers} {group.kind} ({group.num_kv_heads} KV heads of {dims}{window})"
+
+
 # --- ranks ----------------------------------------------------------------------------------------
 
 
@@ -349,12 +371,20 @@ def _rank_notes(config: ModelConfig, plan: Plan) -> Iterator[str]:
     if plan.pipeline_parallel > 1:
         yield (
             f"of {plan.pipeline_parallel} stages the one with the least room, which bounds all;"
-            " its layers: " + ", ".join(map(_describe, plan.rank_layers))
+            " its layers: " + ", ".join(map(describe, plan.rank_layers))
         )
     if data > 1:
         yield f"figures of one of {data} replicas, which hold {data} times as much in all"
         if "num_experts" in config:
             yield "experts counted whole on each replica; expert parallelism divides them"
+
+
+def _name(model: str | os.PathLike[str] | Mapping[str, Any]) -> str:
+    """Return the name of a model's folder, or nothing."""
+    if isinstance(model, Mapping):
+        return ""
+    path = pathlib.Path(model).absolute()
+    return path.name if path.is_dir() else path.stem.replace("config", "")
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -442,6 +472,7 @@ def plan(
     # every stage with states has to hold those of every sequence
     groups, weights, room, rows = min(stages, key=lambda stage: stage[3][0].tokens)
     found = Plan(
+        name=_name(model) or config.model_type,
         model_type=config.model_type,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
@@ -458,64 +489,3 @@ def plan(
         notes=tuple(_notes(config, groups, context, weights, room)),
     )
     return replace(found, notes=(*_rank_notes(config, found), *found.notes))
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"
-
-
-def _describe(group: LayerGroup) -> str:
-    if group.kind == "linear":
-        return f"{group.num_layers} linear ({_size(group.state_bytes)} a sequence)"
-    if group.kind == "latent":
-        return f"{group.num_layers} latent ({group.k_dim} numbers a token)"
-    dims = f"{group.k_dim}" if group.k_dim == group.v_dim else f"{group.k_dim}/{group.v_dim}"
-    window = f", window {group.window}" if group.window else ""
-    return f"{group.num_layers} {group.kind} ({group.num_kv_heads} KV heads of {dims}{window})"
-
-
-def render(plan: Plan) -> Table:
-    """Return the plan as a table for :mod:`rich`."""
-    layers = ", ".join(_describe(group) for group in plan.layers)
-    weights = plan.weights
-    memory = (
-        f"{_size(plan.gpu_bytes)} at {plan.utilisation:.0%}, less {_size(plan.reserve_bytes)}"
-        f" reserve and {_size(weights.num_bytes)} weights ({weights.num_params / 1e9:.2f}B"
-        f" parameters, {weights.source}): {_size(plan.cache_bytes)} of cache"
-    )
-    degrees = (plan.tensor_parallel, plan.pipeline_parallel, plan.data_parallel)
-    names = [f"{name} {n}" for name, n in zip(("tp", "pp", "dp"), degrees, strict=True) if n > 1]
-    table = Table(
-        title=", ".join((plan.model_type, f"{plan.context:,} tokens of context", *names)),
-        caption="\n".join((f"layers: {layers}", memory, *plan.notes)),
-        caption_justify="left",
-    )
-    table.add_column("cache")
-    for title in (
-        "bits/number",
-        "bytes/token",
-        "per sequence",
-        "tokens",
-        "sequences",
-        "longest",
-        "in vLLM",
-    ):
-        table.add_column(title, justify="right")
-    table.add_column("vs bf16", justify="right")
-    for row in plan.rows:
-        table.add_row(
-            row.name,
-            f"{row.bits_per_number:.2f}",
-            f"{row.bytes_per_token:,}",
-            _size(row.bytes_per_sequence),
-            f"{row.tokens:,}",
-            f"{row.sequences:,}",
-            "any" if row.longest_sequence is None else f"{row.longest_sequence:,}",
-            "" if row.vllm_tokens is None else f"{row.vllm_tokens:,}",
-            f"{row.ratio:.2f}x",
-        )
-    return table
