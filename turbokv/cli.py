@@ -69,8 +69,8 @@ def _show(found: RenderableType) -> None:
     parts = found.renderables if isinstance(found, Group) else [found]
     tables = [part for part in parts if isinstance(part, Table)]
     needed = [Measurement.get(console, wide, table).maximum for table in tables]
-    width = max(console.width, *needed)
-    console.print(found, width=width, crop=False)
+    # a console of its own: print's width is never more than the console's
+    Console(width=max(console.width, *needed)).print(found)
 
 
 def _progress() -> Progress:
