@@ -442,15 +442,46 @@ def test_the_library_loads_and_knows_itself(small_library: Path) -> None:
         "    futures = [pool.submit(lambda: (together.wait(), library.load())) for _ in range(4)]\n"
         "(loaded,) = {id(f.result()[1]): f.result()[1] for f in futures}.values()\n"
         "names = sorted(v.name for v in loaded.variants)\n"
-        "print(json.dumps([loaded.archs, names, loaded.runtime, loaded.is_current]))\n"
+        "print(json.dumps([loaded.archs, names, loaded.runtime]))\n"
         "assert 'PyTorch' in (kernels.why_unavailable('cuda', 'cuda', 'pages') or 'PyTorch')\n"
         "for name in ('store', 'decompress', 'decode', 'page_metadata'):\n"
         "    schema = getattr(torch.ops.turbokv, name).default._schema\n"
         "    assert not schema.returns and schema.is_mutable, schema\n",
     )
-    archs, names, runtime, is_current = json.loads(out)
+    archs, names, runtime = json.loads(out)
     assert (archs, names) == (["90a"], ["turbokv_decompress_p64"])
-    assert runtime // 1000 == 13 and is_current
+    assert runtime // 1000 == 13
+
+
+@marked
+def test_a_library_of_other_headers_is_refused(small_library: Path) -> None:
+    out = run_with(
+        small_library,
+        "from turbokv.kernels.cuda import build\n"
+        "build.sources_digest = lambda: 'of headers that changed since'\n"
+        "print(kernels.why_unavailable('cuda', torch.device('cuda', 0), 'pages'))\n"
+        "try:\n"
+        "    library.load()\n"
+        "except kernels.BackendUnavailableError as error:\n"
+        "    print('refused:', error)\n",
+    )
+    assert out.count(f"{small_library} was built from other headers than those beside it") == 2
+    assert "refused:" in out and "with nvcc, 'python -m turbokv.kernels.cuda'" in out
+
+
+@marked
+def test_a_library_cut_off_is_refused(small_library: Path, tmp_path: Path) -> None:
+    cut = tmp_path / small_library.name
+    for keep in (0, 40, 3000):
+        cut.write_bytes(small_library.read_bytes()[:keep])
+        out = run_with(
+            cut,
+            "try:\n"
+            "    library.load()\n"
+            "except kernels.BackendUnavailableError as error:\n"
+            "    print('refused:', error)\n",
+        )
+        assert "refused:" in out and f"{cut} does not load with PyTorch" in out
 
 
 @marked

@@ -351,23 +351,16 @@ def test_kernels_that_are_not_built_are_missing(
 
 
 @pytest.mark.parametrize(
-    ("is_current", "reason", "status", "words"),
+    ("reason", "status", "words"),
     [
-        (True, None, "ok", "CUDA 13.0, 1 variants, sm_80 sm_90a"),
-        (True, "PyTorch sees no CUDA device", "warn", "sees no CUDA device"),
-        (False, None, "warn", "from other headers"),
+        (None, "ok", "CUDA 13.0, 1 variants, sm_80 sm_90a"),
+        ("PyTorch sees no CUDA device", "warn", "sees no CUDA device"),
     ],
 )
 def test_built_kernels_say_what_they_are(
-    monkeypatch: pytest.MonkeyPatch,
-    is_current: bool,
-    reason: str | None,
-    status: str,
-    words: str,
+    monkeypatch: pytest.MonkeyPatch, reason: str | None, status: str, words: str
 ) -> None:
-    built = SimpleNamespace(
-        archs=("80", "90a"), cuda="13.0", variants={"one"}, is_current=is_current
-    )
+    built = SimpleNamespace(archs=("80", "90a"), cuda="13.0", variants={"one"})
     monkeypatch.setattr(library, "load", lambda: built)
     monkeypatch.setattr(cuda, "why_unavailable", lambda device: reason)
     found = doctor._check_extension()

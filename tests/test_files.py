@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from turbokv.calibration import Calibration, Fingerprint, LayerCalibration
-from turbokv.files import check_writable, written_whole
+from turbokv.files import check_library, check_writable, written_whole
 
 
 def names(folder: pathlib.Path) -> list[str]:
@@ -88,3 +88,16 @@ def test_a_calibration_that_cannot_be_written_leaves_the_old_one(
     with pytest.raises(OSError, match="No space left"):
         made.save(path)
     assert path.read_bytes() == before and names(tmp_path) == ["c.safetensors"]
+
+
+def test_a_library_cut_off_is_told_from_a_whole_one(tmp_path: pathlib.Path) -> None:
+    whole = pathlib.Path(torch._C.__file__)
+    check_library(whole)
+    cut = tmp_path / "cut.so"
+    content = whole.read_bytes()
+    for keep in (0, 20, 64, 3000, len(content) // 2):
+        cut.write_bytes(content[:keep])
+        with pytest.raises(OSError, match=f"it has {keep} bytes.* it is cut off"):
+            check_library(cut)
+    cut.write_text("not a library of Linux's" * 9)  # what loads it says what it is
+    check_library(cut)

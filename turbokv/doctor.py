@@ -327,8 +327,6 @@ def _check_extension() -> Check:
         return Check(name, "missing", str(error), _WITHOUT_KERNELS)
     archs = " ".join(f"sm_{arch}" for arch in found.archs)
     detail = f"built with CUDA {found.cuda}, {len(found.variants)} variants, {archs}"
-    if not found.is_current:
-        return Check(name, "warn", f"{detail}, from other headers", library.REMEDY)
     reason = kernels.why_unavailable("cuda", "cuda", "pages")
     if reason is not None:
         return Check(name, "warn", f"{detail}; {reason}", _WITHOUT_KERNELS)

@@ -9,7 +9,39 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["check_writable", "written_whole"]
+__all__ = ["check_library", "check_writable", "written_whole"]
+
+_ELF64 = b"\x7fELF\x02\x01"  # 64 bits, little-endian
+_HEADER_BYTES = 64
+
+
+def check_library(path: str | os.PathLike[str]) -> None:
+    """Raise OSError if a shared library is cut off: loading it would end the process (SIGBUS).
+
+    Libraries of other systems than Linux's are passed over.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        header = file.read(_HEADER_BYTES)
+        if size < _HEADER_BYTES:
+            raise OSError(f"it has {size} bytes: it is cut off")
+        if not header.startswith(_ELF64):
+            return
+        at, entry, count = (
+            int.from_bytes(header[i : i + n], "little") for i, n in ((32, 8), (54, 2), (56, 2))
+        )
+        file.seek(at)
+        entries = file.read(entry * count)
+    end = at + entry * count
+    if size >= end:
+        # of each segment, where its bytes begin in the file and how many they are
+        pairs = (
+            entries[i + 8 : i + 16] + entries[i + 32 : i + 40]
+            for i in range(0, len(entries), entry)
+        )
+        end = max(int.from_bytes(p[:8], "little") + int.from_bytes(p[8:], "little") for p in pairs)
+    if size < end:
+        raise OSError(f"it has {size} bytes of {end}: it is cut off")
 
 
 def check_writable(path: str | os.PathLike[str], name: str) -> pathlib.Path:

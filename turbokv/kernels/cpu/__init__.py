@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from turbokv.core import ScaleRule, VectorFormat
+from turbokv.files import check_library
 from turbokv.kernels import BackendUnavailableError, arguments
 from turbokv.kernels.cpu import build
 from turbokv.kernels.cpu.build import LIBRARY
@@ -95,6 +96,7 @@ def _load_file(path: Path) -> _Library:
     if not path.is_file():
         raise BackendUnavailableError(f"TurboKV's CPU kernels are not built ({REMEDY})")
     try:
+        check_library(path)
         handle = ctypes.CDLL(str(path))
         handle.turbokv_cpu_sources.restype = ctypes.c_char_p
         sources = handle.turbokv_cpu_sources().decode()

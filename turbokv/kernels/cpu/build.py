@@ -141,8 +141,12 @@ def build_library(
         _run([*compiler, *own, *extra, *objects, *ldflags, *_LINK_FLAGS, "-o", str(linked)])
         # a process that has the old file loaded keeps it
         fresh = target.with_suffix(f".{os.getpid()}.new")
-        shutil.copyfile(linked, fresh)
-        os.replace(fresh, target)
+        try:
+            shutil.copyfile(linked, fresh)
+            os.replace(fresh, target)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
     return target
 
 

@@ -360,8 +360,12 @@ def build_library(
     if not target.is_file() or not filecmp.cmp(linked, target, shallow=False):
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(".new")
-        shutil.copyfile(linked, fresh)
-        os.replace(fresh, target)
+        try:
+            shutil.copyfile(linked, fresh)
+            os.replace(fresh, target)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
     return target
 
 

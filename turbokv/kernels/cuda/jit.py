@@ -62,5 +62,7 @@ def compile_variant(variant: Variant, archs: Sequence[str]) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 fresh = Path(scratch) / target.name
                 build.build_variant(fresh, variant, archs)
+                with fresh.open("rb+") as file:  # on the disk before its name is
+                    os.fsync(file.fileno())
                 os.replace(fresh, target)
     return target

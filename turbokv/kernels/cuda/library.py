@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from turbokv.core import ScaleRule, VectorFormat
+from turbokv.files import check_library
 from turbokv.kernels import BackendUnavailableError
 from turbokv.kernels.cuda import build, jit
 from turbokv.kernels.cuda.build import LIBRARY, Variant
@@ -43,8 +44,6 @@ class Library:
         What it has machine code for, e.g. ``("80", "90a")``.
     cuda
         Version of the compiler.
-    is_current
-        Whether the headers beside it are those it was built from.
     variants
         What it can launch; :meth:`require` adds to it.
     """
@@ -53,7 +52,6 @@ class Library:
     handle: ctypes.CDLL
     archs: tuple[str, ...]
     cuda: str
-    is_current: bool
     variants: set[Variant]
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _loaded: list[ctypes.CDLL] = field(default_factory=list)
@@ -78,26 +76,27 @@ class Library:
         Raises
         ------
         BackendUnavailableError
-            If it has to be compiled and cannot be: no nvcc, a compiler error, or headers that are
-            not those of the library.
+            If it has to be compiled and cannot be (no nvcc, a compiler error), or what was compiled
+            does not load.
         """
         if variant in self.variants:
             return
         with self._lock:
             if variant in self.variants:
                 return
-            if not self.is_current:
-                raise BackendUnavailableError(
-                    f"{self.path} was built from other headers than those beside it, so"
-                    f" {variant.name} cannot be added to it; {REMEDY}"
-                )
             try:
                 path = jit.compile_variant(variant, device_archs(self.archs))
             except build.BuildError as error:
                 raise BackendUnavailableError(
                     f"{variant.name} is not part of the library and could not be compiled: {error}"
                 ) from None
-            extra = ctypes.CDLL(str(path))
+            try:
+                check_library(path)
+                extra = ctypes.CDLL(str(path))
+            except OSError as error:  # of a disk that was full, or a machine that went down
+                raise BackendUnavailableError(
+                    f"{path} does not load: {error}; it is compiled again once it is deleted"
+                ) from None
             entry = ctypes.c_char.in_dll(extra, variant.name)
             self.handle.turbokv_register(ctypes.byref(entry))
             self._loaded.append(extra)
@@ -128,7 +127,8 @@ def load() -> Library:
     Raises
     ------
     BackendUnavailableError
-        If the file is missing or does not load.
+        If the file is missing, does not load, or was built from other headers than those beside it:
+        it could write other bytes than the rest of TurboKV reads.
     """
     with _loading:  # operators can be registered once only
         return _load(LIBRARY)
@@ -142,6 +142,7 @@ def _load(path: Path) -> Library:
     if not path.is_file():
         raise BackendUnavailableError(f"TurboKV's CUDA kernels are not built ({REMEDY})")
     try:
+        check_library(path)
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         handle = ctypes.CDLL(str(path))
         handle.turbokv_build_info.restype = ctypes.c_char_p
@@ -150,6 +151,10 @@ def _load(path: Path) -> Library:
         raise BackendUnavailableError(
             f"{path} does not load with PyTorch {torch.__version__}: {error}"
         ) from None
+    if info["sources"] != build.sources_digest():
+        raise BackendUnavailableError(
+            f"{path} was built from other headers than those beside it; {REMEDY}"
+        )
     handle.turbokv_register.argtypes = [ctypes.c_void_p]
     handle.turbokv_register.restype = None
     for name in _OPERATORS:
@@ -159,7 +164,6 @@ def _load(path: Path) -> Library:
         handle=handle,
         archs=tuple(info["archs"]),
         cuda=info["cuda"],
-        is_current=info["sources"] == build.sources_digest(),
         variants={Variant(*fields) for fields in info["variants"]},
     )
 
