@@ -136,3 +136,33 @@ def test_a_window_that_does_not_fit_is_a_warning_with_the_number(
     assert layer._pool_slots([layer]) == 0
     assert "no 16-bit window, though 128 tokens and 4 sinks were asked for" in lines[0]
     assert "window_pool_fraction 0.02 of a cache of about 0.004 GiB" in lines[0]
+
+
+@needs_vllm
+@pytest.mark.parametrize("padding", [0, 3])
+def test_positions_of_the_runner_are_those_that_lengths_tell(padding: int) -> None:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from turbokv.integrations.vllm.attention.metadata import TurboKVMetadataBuilder
+
+    starts, lens = torch.tensor([0, 1, 5, 6]), torch.tensor([40, 17, 1])
+    count = 6 + padding
+    step = dict(
+        query_start_loc=starts.int(),
+        query_start_loc_cpu=starts.int(),
+        seq_lens=lens.int(),
+        num_reqs=3,
+        num_actual_tokens=count,
+        max_query_len=4,
+        max_seq_len=40,
+        block_table_tensor=torch.zeros(3, 8, dtype=torch.int32),
+        slot_mapping=torch.arange(count),
+    )
+    builder = SimpleNamespace(max_num_tokens=64, device=torch.device("cpu"))
+    own = torch.tensor([39, 13, 14, 15, 16, 0, *range(7, 7 + padding)])
+    for known in (None, own, own.int(), torch.cat([own, own])):
+        cam = CommonAttentionMetadata(**step, positions=known)
+        got = TurboKVMetadataBuilder._positions(builder, cam)
+        assert got.dtype == torch.int64 and got.shape[0] == 64
+        assert got[:6].tolist() == [39, 13, 14, 15, 16, 0]
+        assert (got[:count] >= 0).all()
