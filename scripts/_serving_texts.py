@@ -23,23 +23,26 @@ _ASKED = (
 )
 
 
-def text_ids(tokenizer: Any) -> list[int]:
-    from turbokv.integrations.transformers.models import english_text
+def text_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the text without BOS, and what the tokenizer begins a text with: one token or none."""
+    from turbokv.integrations.transformers.models import english_text, leading_token
 
-    return list(tokenizer(english_text()).input_ids)
+    bos = leading_token(tokenizer)
+    ids = tokenizer(english_text(), add_special_tokens=False).input_ids
+    return list(ids), [] if bos is None else [bos]
 
 
 def passages(tokenizer: Any) -> list[list[int]]:
     """Return the passages that are fed token by token, spread over the text."""
-    ids = text_ids(tokenizer)
-    length = PREFILL + DECODE
+    ids, bos = text_ids(tokenizer)
+    length = PREFILL + DECODE - len(bos)
     stride = (len(ids) - length) // _PASSAGES
-    return [ids[i * stride : i * stride + length] for i in range(_PASSAGES)]
+    return [[*bos, *ids[i * stride : i * stride + length]] for i in range(_PASSAGES)]
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
     """Return chat prompts, each about its own piece of the text."""
-    ids = text_ids(tokenizer)
+    ids, _ = text_ids(tokenizer)
     stride = (len(ids) - _PIECE) // _PROMPTS
     found = []
     for i in range(_PROMPTS):
@@ -58,7 +61,8 @@ def needles(tokenizer: Any) -> list[tuple[int, float, str, list[int]]]:
     def plain(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    hay = text_ids(tokenizer)
+    ids, bos = text_ids(tokenizer)
+    hay = [*bos, *ids]
     found = []
     for context in CONTEXTS:
         for depth, code in zip(DEPTHS, _CODES, strict=True):

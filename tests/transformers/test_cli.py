@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from turbokv import cli
+from turbokv import cli, cli_options
 from turbokv.calibration import Calibration
 from turbokv.integrations.transformers import report
 from turbokv.integrations.transformers.models import LoadedModel
@@ -52,7 +52,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     )
     model = LlamaForCausalLM._from_config(config, dtype=torch.float32).eval()
     loaded = LoadedModel(model, Letters(), "tiny")
-    monkeypatch.setattr(cli, "_load", lambda *_: loaded)
+    monkeypatch.setattr(cli_options, "load", lambda *_: loaded)
     return loaded
 
 
@@ -64,7 +64,10 @@ MISTAKES: list[tuple[str, str]] = [
     ("calibrate MISSING/c.safetensors", "output: wanted a file in a folder that can be written"),
     ("calibrate FOLDER", "output: wanted a file in a folder that can be written"),
     ("calibrate FILE --parts offsets,foo", "parts: wanted some of"),
-    ("calibrate FILE --text MISSING", "text: wanted 'topics', 'code' or a file"),
+    (
+        "calibrate FILE --text MISSING",
+        "text: wanted 'prose', 'dialogue', 'code', 'topics' or a file",
+    ),
     ("calibrate FILE --device foo", "device: wanted a PyTorch device, got 'foo'"),
     ("eval --plot MISSING/p.png", "plot: wanted a file in a folder that can be written"),
     ("eval --needle --needle-contexts abc", "needle_contexts: wanted a comma list of numbers"),
@@ -73,9 +76,14 @@ MISTAKES: list[tuple[str, str]] = [
     ("eval --presets k4v4+foo", "preset: wanted +w, +wN, +sN"),
     ("eval --presets none --rivals none", "presets: wanted some"),
     ("eval --rivals foo", "rivals: wanted some of"),
-    ("eval --text MISSING", "text: wanted 'topics', 'code' or a file"),
-    ("eval --calibration-text MISSING", "text: wanted 'topics', 'code' or a file"),
+    ("eval --text MISSING", "text: wanted 'prose', 'dialogue', 'code', 'topics' or a file"),
+    (
+        "eval --calibration-text MISSING",
+        "text: wanted 'prose', 'dialogue', 'code', 'topics' or a file",
+    ),
     ("eval --calibration MISSING", "calibration: wanted a file"),
+    ("eval --text ,", "text: wanted one or more, got none"),
+    ("eval --score-every 65", "score_every: wanted at most the 64 of chunk, got 65"),
     ("eval --tokens 128 --chunk 128", "chunk: wanted fewer than the 128 tokens"),
     ("eval --device foo", "device: wanted a PyTorch device, got 'foo'"),
 ]
@@ -92,7 +100,7 @@ def test_mistakes_are_found_before_the_model_loads(
     def load(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(cli_options, "load", load)
     result = runner.invoke(cli.app, line.split())
     assert isinstance(result.exception, (ValueError, TypeError, FileNotFoundError))
     assert str(result.exception).startswith(sentence)
@@ -120,7 +128,7 @@ def test_an_answer_of_one_token_is_valid_json(tiny: LoadedModel) -> None:
 
 
 def test_json_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_json({"a": [float("nan"), 1.5], "b": (float("inf"),), "c": pathlib.Path("x")})
+    cli_options.print_json({"a": [float("nan"), 1.5], "b": (float("inf"),), "c": pathlib.Path("x")})
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": [None], "c": "x"}
 
 
@@ -153,3 +161,14 @@ def test_plot_and_calibration_are_written(tiny: LoadedModel, tmp_path: pathlib.P
     assert result.exit_code == 0, result.exception
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.safetensors", "p.png"]
+
+
+def test_several_texts_are_scored_by_default(tiny: LoadedModel) -> None:
+    line = ["eval", "--tokens", "128", "--passages", "1", "--chunk", "64"]
+    line += ["--presets", "tq4+w16", "--rivals", "fp8,fp8+w16"]
+    found = json.loads(runner.invoke(cli.app, [*line, "--json"]).stdout)
+    assert list(found["texts"]) == ["prose", "dialogue", "code"]
+    assert {row["name"] for row in found["rows"]} == {"fp8", "fp8+w16", "tq4+w16"}
+    assert all(len(row["passages"]) == 3 and row["kl_error"] for row in found["rows"])
+    shown = runner.invoke(cli.app, line)
+    assert shown.exit_code == 0 and "KL over that of fp8 by text" in shown.stdout

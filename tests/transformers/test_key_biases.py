@@ -17,9 +17,9 @@ from turbokv.calibration import CalibrationError
 from turbokv.integrations.transformers import TurboKVCache
 from turbokv.integrations.transformers.calibrate import calibrate
 from turbokv.integrations.transformers.calibration_choice import auto_calibration
-from turbokv.integrations.transformers.evaluate import sample_text
-from turbokv.integrations.transformers.models import fingerprint, leading_token
+from turbokv.integrations.transformers.models import fingerprint, gguf_adds_bos, leading_token
 from turbokv.integrations.transformers.quality import Divergence, compare
+from turbokv.integrations.transformers.texts import sample_text
 
 # Euclidean norms of the key biases of Qwen2.5-7B's first, inner and last layers, as published.
 NORMS = (605.0, 22.0, 22.0, 22.0, 22.0, 921.0)
@@ -174,6 +174,25 @@ class Words:
     @property
     def input_ids(self) -> object:
         return self.ids if len(self.ids) <= 2 else torch.tensor([self.ids])
+
+
+@pytest.mark.parametrize("says", [True, False, None])
+def test_what_a_gguf_file_says_of_bos_is_found(says: bool | None, tmp_path: pathlib.Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("a model")
+    writer.add_context_length(64)
+    writer.add_token_list(["a", "bc", ""])
+    writer.add_token_scores([0.5, 1.5, 2.5])
+    writer.add_float64("d", 1.0)
+    if says is not None:
+        writer.add_add_bos_token(says)
+    writer.add_bos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert gguf_adds_bos(path) is bool(says)
 
 
 def test_passages_and_pieces_begin_with_bos_where_the_tokenizer_puts_one() -> None:

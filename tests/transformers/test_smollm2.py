@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
-from turbokv import cli
+from turbokv import cli, cli_options
 from turbokv.calibration import Calibration
-from turbokv.integrations.transformers import evaluate, models
+from turbokv.integrations.transformers import evaluate, models, texts
 from turbokv.integrations.transformers.calibrate import calibrate, find_rotary
 from turbokv.integrations.transformers.demo import run_demo
 
@@ -31,20 +31,20 @@ def loaded() -> models.LoadedModel:
 @pytest.fixture
 def command(loaded: models.LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[CliRunner]:
     """The command line with the model already loaded."""
-    monkeypatch.setattr(cli, "_load", lambda *_: loaded)
+    monkeypatch.setattr(cli_options, "load", lambda *_: loaded)
     return runner
 
 
 @pytest.fixture(scope="module")
 def calibration(loaded: models.LoadedModel) -> Calibration:
-    sample = evaluate.sample_text(loaded.tokenizer, models.english_text(), 512, 2, 1024)
+    sample = texts.sample_text(loaded.tokenizer, models.english_text(), 512, 2, 1024)
     return calibrate(loaded.model, sample.held_out, name=loaded.name)
 
 
 def test_quality_ratios_do_not_regress(
     loaded: models.LoadedModel, calibration: Calibration
 ) -> None:
-    sample = evaluate.sample_text(loaded.tokenizer, models.english_text(), 512, 2, 1024)
+    sample = texts.sample_text(loaded.tokenizer, models.english_text(), 512, 2, 1024)
     names = ["fp8", "int4_per_token_head", "k4v4", "k4v4+w", "k5v3+w", "k4v4+w+centred"]
     rows = evaluate.score_table(loaded.model, sample.ids, names, {"centred": calibration}, chunk=64)
     kl = {row.name: row.kl for row in rows}
@@ -143,10 +143,12 @@ def test_bad_preset_names_are_refused(name: str) -> None:
 
 
 def test_texts() -> None:
-    assert len(evaluate.read_text("topics")) > 400_000
-    assert "def " in evaluate.read_text("code")
-    with pytest.raises(FileNotFoundError, match="text: wanted 'topics', 'code' or a file, got"):
-        evaluate.read_text("no such file")
+    assert len(texts.read_text("topics")) > 400_000
+    assert "def " in texts.read_text("code")
+    with pytest.raises(
+        FileNotFoundError, match="text: wanted 'prose', 'dialogue', 'code', 'topics' or a file"
+    ):
+        texts.read_text("no such file")
 
 
 def test_missing_model_says_how_to_get_one(
@@ -201,13 +203,13 @@ def test_plan_and_doctor_on_the_command_line(tmp_path: pathlib.Path) -> None:
 
 def test_dtype_device_and_threads_are_checked() -> None:
     with pytest.raises(ValueError, match="dtype: wanted float32 or bfloat16 or float16, got"):
-        cli._check_compute("int8", "cpu", 0)
+        cli_options.check_compute("int8", "cpu", 0)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: wanted one that PyTorch can use, got 'cuda'"):
-            cli._check_compute("float32", "cuda", 0)
+            cli_options.check_compute("float32", "cuda", 0)
     before = torch.get_num_threads()
     try:
-        cli._check_compute("float32", "cpu", before + 1)
+        cli_options.check_compute("float32", "cpu", before + 1)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)

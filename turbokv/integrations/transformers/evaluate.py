@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from turbokv.calibration import Calibration
 from turbokv.codec import TurboKVCodec
 from turbokv.integrations.transformers.baselines import BASELINES
 from turbokv.integrations.transformers.cache import DEFAULT_SINKS, DEFAULT_WINDOW, TurboKVCache
-from turbokv.integrations.transformers.models import english_text, leading_token
+from turbokv.integrations.transformers.models import english_text
 from turbokv.integrations.transformers.quality import (
     CacheFactory,
     Divergence,
@@ -75,8 +74,60 @@ SHORT_PRESETS = (
     "k2v2+w+centred",
     "k2v2+w+mapped",
 )
-RIVALS = tuple(BASELINES)
+# With the window and without, so that what codes and what 16-bit tokens do can be told apart.
+SHORT_RIVALS = ("fp8", "fp8+w", "int4_per_token_head", "int4_per_token_head+w")
+RIVALS = (*BASELINES, *(name for name in SHORT_RIVALS if name.endswith("+w")))
 _PRESET = re.compile(r"(\w+)((?:\+(?:w\d*|s\d+|[a-z_]+))*)")
+
+
+_HELD = re.compile(r"w\d*|s\d+")
+
+
+def _held_tokens(words: Sequence[str], window: int, sinks: int) -> tuple[int, int]:
+    """Return window and sinks that words such as ``w``, ``w64`` and ``s8`` ask for."""
+    held, first = 0, -1
+    for word in words:
+        if word[0] == "w":
+            held = int(word[1:]) if word[1:] else window
+        else:
+            first = int(word[1:])
+    return held, (sinks if held else 0) if first < 0 else first
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A cache of others, as written on the command line.
+
+    Attributes
+    ----------
+    name
+        vLLM's ``kv_cache_dtype``, then optional ``+w`` or ``+w256`` and ``+s8`` as for
+        :class:`Preset`: the window that it does not have, emulated.
+    """
+
+    name: str
+    dtype: str
+    window: int
+    sinks: int
+
+    @classmethod
+    def parse(cls, name: str, window: int = DEFAULT_WINDOW, sinks: int = DEFAULT_SINKS) -> Rival:
+        """Read a rival's name; ``window`` and ``sinks`` are what a bare ``+w`` means."""
+        dtype, *words = name.split("+")
+        if dtype not in BASELINES or not all(_HELD.fullmatch(word) for word in words):
+            raise ValueError(f"rivals: wanted some of {list(RIVALS)}, got {name!r}")
+        return cls(name, dtype, *_held_tokens(words, window, sinks))
+
+
+def check_rivals(names: Sequence[str]) -> None:
+    """Raise ValueError unless all are names of :class:`Rival`."""
+    for name in names:
+        Rival.parse(name)
+
+
+def is_rival(name: str) -> bool:
+    """Return whether a cache of the table is another's."""
+    return name.split("+")[0] in BASELINES
 
 
 @dataclass(frozen=True)
@@ -109,25 +160,19 @@ class Preset:
         if match is None or widths is None:
             raise ValueError(f"preset: wanted a name like tq_k5v3+w128+s4+centred, got {name!r}")
         name = preset_name(*widths) + match[2]
-        found = {"window": 0, "sinks": -1}
-        calibration = "none"
+        words, calibration = [], "none"
         for word in match[2].split("+")[1:]:
-            if word == "w":
-                found["window"] = window
-            elif re.fullmatch(r"w\d+", word):
-                found["window"] = int(word[1:])
-            elif re.fullmatch(r"s\d+", word):
-                found["sinks"] = int(word[1:])
-            elif word in CALIBRATIONS[1:]:
+            if word in CALIBRATIONS[1:]:
                 calibration = word
+            elif _HELD.fullmatch(word):
+                words.append(word)
             else:
                 raise ValueError(
                     f"preset: wanted +w, +wN, +sN, +centred, +mapped or +random in {name!r}, got"
                     f" +{word}"
                 )
-        if found["sinks"] < 0:
-            found["sinks"] = sinks if found["window"] else 0
-        return cls(name, *widths, found["window"], found["sinks"], calibration)
+        held, first = _held_tokens(words, window, sinks)
+        return cls(name, *widths, held, first, calibration)
 
     def bits_per_number(self, head_dim: int) -> float:
         """Return stored bits per number of a compressed token (window and sinks not counted)."""
@@ -185,8 +230,10 @@ def factory_for(
     """Return what makes an empty cache called ``name`` (``full``, a rival or a preset)."""
     if name == "full":
         return lambda: DynamicCache(config=model.config)
-    if name in BASELINES:
-        return lambda: simulated_cache(model.config, BASELINES[name])
+    if is_rival(name):
+        rival = Rival.parse(name, window, sinks)
+        baseline = BASELINES[rival.dtype]
+        return lambda: simulated_cache(model.config, baseline, rival.window, rival.sinks)
     preset = Preset.parse(name, window, sinks)
     calibration = None
     if preset.calibration != "none":
@@ -218,6 +265,7 @@ def score_table(
     window: int = DEFAULT_WINDOW,
     sinks: int = DEFAULT_SINKS,
     first_position: int = 0,
+    score_every: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Score presets and rivals on the same passages, all in one run.
@@ -226,7 +274,7 @@ def score_table(
     ----------
     ids
         int64 ``[passages, tokens]``. Each passage is a text of its own: it starts with empty caches
-        (see :func:`quality.compare`).
+        (see :func:`quality.compare`, of which ``chunk`` and ``score_every`` are).
     """
     if ids.ndim != 2 or not ids.shape[0]:
         raise ValueError(f"ids: wanted shape [passages, tokens], got {list(ids.shape)}")
@@ -248,16 +296,65 @@ def score_table(
 
         passage = ids[number : number + 1]
         for name, score in compare(
-            model, passage, factories, chunk=chunk, first_position=first_position, progress=report
+            model,
+            passage,
+            factories,
+            chunk=chunk,
+            first_position=first_position,
+            score_every=score_every,
+            progress=report,
         ).items():
             scores[name].append(score)
+    return table_of(scores, head_dim)
+
+
+def score_tables(
+    model: Any,
+    ids: Mapping[str, Tensor],
+    names: Sequence[str],
+    calibrations: dict[str, Calibration],
+    *,
+    progress: Callable[[str], None] | None = None,
+    **options: int,
+) -> tuple[dict[str, list[Row]], list[Row]]:
+    """Score presets and rivals on several kinds of text.
+
+    Parameters
+    ----------
+    ids
+        As for :func:`score_table`, by kind of text.
+    options
+        More of :func:`score_table`'s.
+
+    Returns
+    -------
+    tuple
+        Rows by kind of text, and those over the passages of all kinds.
+    """
+    tables: dict[str, list[Row]] = {}
+    for kind, passages in ids.items():
+
+        def report(what: str, kind: str = kind) -> None:
+            if progress is not None:
+                progress(f"{kind}, {what}")
+
+        tables[kind] = score_table(model, passages, names, calibrations, progress=report, **options)
+    scores = {
+        rows[0].name: [passage for row in rows for passage in row.passages]
+        for rows in zip(*tables.values(), strict=True)
+    }
+    return tables, table_of(scores, head_dim_of(model))
+
+
+def table_of(scores: Mapping[str, Sequence[Divergence]], head_dim: int) -> list[Row]:
+    """Return the rows of a table from the scores of each passage, by the cache's name."""
     rows = []
     for name, passages in scores.items():
-        rival = name in BASELINES
+        rival = is_rival(name)
         bits = (
-            BASELINES[name].bits_per_number(head_dim)
+            BASELINES[name.split("+")[0]].bits_per_number(head_dim)
             if rival
-            else Preset.parse(name, window, sinks).bits_per_number(head_dim)
+            else Preset.parse(name).bits_per_number(head_dim)
         )
         kls = [passage.kl for passage in passages]
         over = {
@@ -285,104 +382,6 @@ def score_table(
             )
         )
     return rows
-
-
-# --- texts ----------------------------------------------------------------------------------------
-
-
-def read_text(name: str) -> str:
-    """Return a text: ``topics`` (Python's help), ``code`` (its sources) or the file ``name``."""
-    if name == "topics":
-        return english_text()
-    if name == "code":
-        import argparse
-        import inspect
-        import tarfile
-
-        return inspect.getsource(argparse) + inspect.getsource(tarfile)
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"text: wanted 'topics', 'code' or a file, got {name}")
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def passage_starts(length: int, tokens: int, passages: int, reserve: int = 0) -> list[int]:
-    """Return where passages start: each in the middle of one of the equal parts of a text.
-
-    Parameters
-    ----------
-    length
-        Tokens of the text.
-    tokens
-        Tokens of a passage.
-    passages
-        How many. They never overlap: shared tokens would make their spread look too small.
-    reserve
-        Tokens at the end of the text that no passage may touch.
-
-    Raises
-    ------
-    ValueError
-        If the text is too short.
-    """
-    if tokens < 1 or passages < 1:
-        raise ValueError(f"passages: wanted at least 1 of 1 token, got {passages} of {tokens}")
-    slack = length - reserve - passages * tokens
-    if slack < 0:
-        raise ValueError(
-            f"text: wanted at least {passages * tokens + reserve} tokens ({passages} separate"
-            f" passages of {tokens} to score, {reserve} to calibrate on), got {length}: enough for"
-            f" {max(0, length - reserve) // tokens} passages"
-        )
-    return [i * tokens + slack * (2 * i + 1) // (2 * passages) for i in range(passages)]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What to score of a text, and what to calibrate on.
-
-    Attributes
-    ----------
-    ids
-        int64 ``[passages, tokens]``. Each begins with what the tokenizer begins a text with, if it
-        does.
-    starts
-        Where the text of each passage starts in the tokenised text.
-    held_out
-        int64 ``[1, calibration_tokens]`` from the end of the text, disjoint from every passage.
-    bos
-        What each passage begins with besides its text, or None.
-    """
-
-    ids: Tensor
-    starts: tuple[int, ...]
-    held_out: Tensor
-    bos: int | None = None
-
-
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """Tokenise a text as its middle would be, without BOS: int64 ``[1, tokens]``."""
-    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    return ids
-
-
-def sample_text(
-    tokenizer: Any, text: str, tokens: int, passages: int, calibration_tokens: int = 0
-) -> Sample:
-    """Tokenise a text; take passages spread over it, and what follows them to calibrate on.
-
-    Raises
-    ------
-    ValueError
-        If the text is too short for that many separate passages and the part to calibrate on.
-    """
-    ids, bos = encode(tokenizer, text), leading_token(tokenizer)
-    length, own = ids.shape[1], tokens - (bos is not None)
-    starts = passage_starts(length, own, passages, calibration_tokens)
-    scored = torch.cat([ids[:, start : start + own] for start in starts])
-    if bos is not None:
-        scored = torch.cat([scored.new_full((passages, 1), bos), scored], dim=1)
-    return Sample(scored, tuple(starts), ids[:, length - calibration_tokens :], bos)
 
 
 # --- needle ---------------------------------------------------------------------------------------

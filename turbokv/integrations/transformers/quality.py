@@ -28,16 +28,26 @@ from transformers.cache_utils import (
 
 from turbokv.integrations.transformers.baselines import Baseline
 from turbokv.integrations.transformers.layers import sees_everything
+from turbokv.integrations.transformers.side_by_side import can_stand_side_by_side, side_by_side
 
 CacheFactory = Callable[[], Cache]
+_TOGETHER = 8  # caches of one forward pass
 
 
 class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer whose past went through a rival's quantiser; the current chunk stays exact."""
+    """A layer whose past went through a rival's quantiser; the current chunk stays exact.
 
-    def __init__(self, baseline: Baseline) -> None:
+    With ``window`` and ``sinks`` it is treated as
+    :class:`turbokv.integrations.transformers.layers.TurboKVLayer` treats our own codes: the newest
+    and the first tokens are held in 16 bits besides.
+    """
+
+    def __init__(self, baseline: Baseline, window: int = 0, sinks: int = 0) -> None:
         super().__init__()
         self._baseline = baseline
+        self._window = window
+        self._sinks = sinks
+        self._quantised = 0  # older tokens: what is read back no longer changes
         self.keys: Tensor
         self.values: Tensor
 
@@ -49,15 +59,41 @@ class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
-        quantised_k = self._baseline.quantize_k(key_states).to(self.dtype)
-        quantised_v = self._baseline.quantize_v(value_states).to(self.dtype)
-        self.keys = torch.cat([self.keys, quantised_k], dim=-2)
-        self.values = torch.cat([self.values, quantised_v], dim=-2)
+        old, end = self._quantised, max(self._quantised, keys.shape[-2] - self._window)
+        start = max(old, min(self._sinks, end))
+        parts = [old, start - old, end - start, keys.shape[-2] - end]
+
+        def held(x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+            past, first, leaving, newest = torch.split(x, parts, dim=-2)
+            read_back = quantize(leaving).to(self.dtype)
+            return torch.cat([past, _in_16_bits(first), read_back, _in_16_bits(newest)], dim=-2)
+
+        self.keys = held(keys, self._baseline.quantize_k)
+        self.values = held(values, self._baseline.quantize_v)
+        self._quantised = end
         return keys, values
 
 
-def simulated_cache(config: Any, baseline: Baseline) -> Cache:
-    """Return a cache whose full-attention layers hold what ``baseline`` would give back."""
+def _in_16_bits(x: Tensor) -> Tensor:
+    """Round as the window of our own cache does: 16-bit dtypes stay, others become fp16."""
+    if x.dtype.itemsize == 2:
+        return x
+    limit = torch.finfo(torch.float16).max
+    return x.clamp(-limit, limit).to(torch.float16).to(x.dtype)
+
+
+def simulated_cache(config: Any, baseline: Baseline, window: int = 0, sinks: int = 0) -> Cache:
+    """Return a cache whose full-attention layers hold what ``baseline`` would give back.
+
+    Parameters
+    ----------
+    config
+        Of the model.
+    baseline
+        The rival.
+    window, sinks
+        Newest and first tokens that are read back in 16 bits.
+    """
     layers = []
     for layer in DynamicCache(config=config).layers:
         if sees_everything(layer, config):
@@ -66,7 +102,7 @@ def simulated_cache(config: Any, baseline: Baseline) -> Cache:
                     "config: wanted layers of attention alone, as rivals are simulated so, got"
                     f" {type(config).__name__} with a recurrent state beside it"
                 )
-            layer = SimulatedLayer(baseline)
+            layer = SimulatedLayer(baseline, window, sinks)
         layers.append(layer)
     return Cache(layers=layers)
 
@@ -87,6 +123,8 @@ class Divergence:
         Perplexity on the text over that of full precision.
     tokens
         Tokens scored.
+    labelled
+        Of these, those whose next token is known: all but the last of a text.
     """
 
     kl: float
@@ -94,6 +132,7 @@ class Divergence:
     top1: float
     perplexity_ratio: float
     tokens: int
+    labelled: int
 
     def to_dict(self) -> dict[str, float]:
         """Return the figures by name."""
@@ -103,15 +142,15 @@ class Divergence:
 def pool(passages: Sequence[Divergence]) -> Divergence:
     """Return the divergence over all tokens of all passages."""
     scored = sum(p.tokens for p in passages)
-    # the last token of a passage has no next token to score
-    labelled = scored - len(passages)
-    lost = sum((p.tokens - 1) * math.log(p.perplexity_ratio) for p in passages)
+    labelled = sum(p.labelled for p in passages)
+    lost = sum(p.labelled * math.log(p.perplexity_ratio) for p in passages)
     return Divergence(
         kl=sum(p.tokens * p.kl for p in passages) / scored,
         one_minus_tv=sum(p.tokens * p.one_minus_tv for p in passages) / scored,
         top1=sum(p.tokens * p.top1 for p in passages) / scored,
         perplexity_ratio=math.exp(lost / labelled),
         tokens=scored,
+        labelled=labelled,
     )
 
 
@@ -147,19 +186,41 @@ def ratio_of_means(
 
 
 def _chunks(
-    model: Any, ids: Tensor, cache: Cache, chunk: int, first_position: int
+    model: Any, ids: Tensor, cache: Cache, chunk: int, first_position: int, score_every: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Feed ``ids`` ``[1, tokens]`` through ``cache``; yield chunk starts and log-probabilities."""
+    """Feed ``ids`` ``[caches, tokens]`` to a model; yield chunk starts and log-probabilities.
+
+    Those are of every ``score_every``-th token of the chunk, from its first on: fp32 ``[caches,
+    tokens, vocabulary]``.
+    """
     for start in range(0, ids.shape[1], chunk):
         piece = ids[:, start : start + chunk]
         first = first_position + start
         positions = torch.arange(
             first, first + piece.shape[1], dtype=torch.int64, device=ids.device
         )
+        fewer = {}
+        if score_every > 1:
+            fewer["logits_to_keep"] = torch.arange(
+                0, piece.shape[1], score_every, dtype=torch.int64, device=ids.device
+            )
         logits = model(
-            input_ids=piece, position_ids=positions[None], past_key_values=cache, use_cache=True
-        ).logits[0]
+            input_ids=piece,
+            position_ids=positions.expand(ids.shape[0], -1),
+            past_key_values=cache,
+            use_cache=True,
+            **fewer,
+        ).logits
         yield start, torch.log_softmax(logits.float(), dim=-1)
+
+
+def _groups(caches: Mapping[str, Cache], together: int) -> list[list[str]]:
+    """Return which caches run in one forward pass, in groups of almost one size."""
+    names = list(caches)
+    if not all(can_stand_side_by_side(cache) for cache in caches.values()):
+        together = 1
+    count = -(-len(names) // together)
+    return [names[i * len(names) // count : (i + 1) * len(names) // count] for i in range(count)]
 
 
 @torch.inference_mode()
@@ -170,6 +231,7 @@ def compare(
     *,
     chunk: int = 64,
     first_position: int = 0,
+    score_every: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Divergence]:
     """Score caches against full precision on one text.
@@ -186,6 +248,9 @@ def compare(
         Tokens per forward pass. The first chunk is not scored: it has no past.
     first_position
         Position of the first token.
+    score_every
+        Score every such token of a chunk only. All tokens are attended to, but logits of the others
+        are not computed, which with a large vocabulary are most of the work.
     progress
         Called with each cache's name when it is done.
 
@@ -196,30 +261,34 @@ def compare(
 
     Notes
     -----
-    All caches advance chunk by chunk together, so only one chunk of reference logits is held.
+    All caches advance chunk by chunk together, so only one chunk of reference logits is held, and
+    that of eight caches, which share a forward pass where the model has no recurrent state.
     """
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] <= chunk:
         raise ValueError(f"ids: wanted shape [1, more than {chunk}], got {list(ids.shape)}")
-    config = model.config
-    runs = {
-        name: _chunks(model, ids, factory(), chunk, first_position)
-        for name, factory in factories.items()
-    }
-    sums = {name: torch.zeros(4, dtype=torch.float64, device="cpu") for name in runs}
-    scored = 0
-    reference = _chunks(model, ids, DynamicCache(config=config), chunk, first_position)
-    for start, expected in reference:
-        labels = ids[0, start + 1 : start + 1 + expected.shape[0]]
-        for name, run in runs.items():
-            got = next(run)[1]
-            if start:
-                sums[name] += _distances(expected, got, labels)
+    caches = {name: factory() for name, factory in factories.items()}
+    runs = []
+    for names in _groups(caches, _TOGETHER):
+        cache = side_by_side([caches[name] for name in names]) if len(names) > 1 else None
+        cache = caches[names[0]] if cache is None else cache
+        batch = ids.expand(len(names), -1)
+        runs.append((names, _chunks(model, batch, cache, chunk, first_position, score_every)))
+    sums = {name: torch.zeros(4, dtype=torch.float64, device="cpu") for name in caches}
+    scored = labelled = 0
+    full = DynamicCache(config=model.config)
+    for start, (expected,) in _chunks(model, ids, full, chunk, first_position, score_every):
+        # the last token of the text has no next token to score
+        labels = ids[0, start + 1 : start + 1 + chunk][::score_every]
+        for names, run in runs:
+            _, found = next(run)
+            for name, got in zip(names, found, strict=True):
+                if start:
+                    sums[name] += _distances(expected, got, labels)
         if start:
             scored += expected.shape[0]
+            labelled += labels.shape[0]
         if progress is not None:
             progress(f"{min(start + chunk, ids.shape[1])} of {ids.shape[1]} tokens")
-    # the last token of the text has no next token to score
-    labelled = scored - 1
     return {
         name: Divergence(
             kl=float(total[0]) / scored,
@@ -227,6 +296,7 @@ def compare(
             top1=float(total[2]) / scored,
             perplexity_ratio=math.exp(float(total[3]) / labelled),
             tokens=scored,
+            labelled=labelled,
         )
         for name, total in sums.items()
     }

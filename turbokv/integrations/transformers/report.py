@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.panel import Panel
@@ -14,6 +16,7 @@ from rich.table import Table
 from turbokv.files import check_writable, written_whole
 from turbokv.integrations.transformers.demo import DemoResult
 from turbokv.integrations.transformers.evaluate import Needle, Preset, Row
+from turbokv.integrations.transformers.texts import Sample
 
 
 def demo_tables(result: DemoResult, dtype: str, settings: str) -> list[Table]:
@@ -67,6 +70,56 @@ def quality_table(rows: Sequence[Row], title: str) -> Table:
             f"{row.perplexity_ratio:.4f}",
         )
     return table
+
+
+def quality_tables(
+    tables: Mapping[str, Sequence[Row]], rows: Sequence[Row], title: str
+) -> list[Table]:
+    """Return the scores over all texts, and KL over fp8's (or KL) by text if there are several."""
+    if len(tables) == 1:
+        return [quality_table(rows, title)]
+    has_fp8 = any(row.name == "fp8" for row in rows)
+    table = Table(
+        title=f"{'KL over that of fp8' if has_fp8 else 'KL'} by text, lower is better",
+        caption="± one standard error over passages",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("cache", overflow="fold")
+    for kind in tables:
+        table.add_column(kind, justify="right", no_wrap=True)
+    by_kind = [{row.name: row for row in of_kind} for of_kind in tables.values()]
+    for row in sorted(rows, key=lambda r: (-r.bits, r.kl)):
+        found = [of_kind[row.name] for of_kind in by_kind]
+        cells = [
+            _with_error(one.kl_over_fp8, one.kl_over_fp8_error, 2)
+            if has_fp8
+            else _with_error(one.kl, one.kl_error, 5)
+            for one in found
+        ]
+        table.add_row(f"[dim]{row.name}[/dim]" if row.rival else row.name, *cells)
+    return [quality_table(rows, title), table]
+
+
+def scores_json(
+    title: str,
+    samples: Mapping[str, Sample],
+    tables: Mapping[str, Sequence[Row]],
+    rows: Sequence[Row],
+    cells: Sequence[Needle],
+    bos: int | None,
+) -> dict[str, Any]:
+    """Return what ``turbokv eval --json`` prints: ``rows`` are over the passages of all texts."""
+    return {
+        "title": title,
+        "bos": bos,
+        "rows": [asdict(row) for row in rows],
+        "texts": {
+            kind: {"starts": samples[kind].starts, "rows": [asdict(row) for row in of_kind]}
+            for kind, of_kind in tables.items()
+        },
+        "needle": [asdict(cell) for cell in cells],
+    }
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:
