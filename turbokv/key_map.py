@@ -78,7 +78,9 @@ class KeyMap:
                 f"k_map: wanted finite matrices with an inverse, got {float(off[head]):.3g} from"
                 f" one times its inverse in head {head}"
             )
-        object.__setattr__(self, "_inverse", inverse.to(matrix.device, torch.float32))
+        # inverses come out with their columns together
+        kept = inverse.to(matrix.device, torch.float32).contiguous()
+        object.__setattr__(self, "_inverse", kept)
 
     @property
     def inverse(self) -> Tensor:

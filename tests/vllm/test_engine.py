@@ -355,6 +355,42 @@ def test_keys_are_centred_by_a_calibration_file(
     assert errors[1] < 0.6 * errors[0]
 
 
+@both_runners
+@pytest.mark.parametrize("options", [BARE, {"window": 32, "sinks": 4}], ids=["codes", "window"])
+def test_keys_are_mapped_by_a_calibration_file(
+    options: dict[str, int], folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """In pieces of prefill, after prefix hits, in decode, from codes and from 16-bit copies.
+
+    A query that meets keys of the other space answers at random.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from turbokv.integrations.transformers.calibrate import calibrate
+
+    model = models.make_tiny("biased", folder / "biased")
+    file = tmp_path / "calibration.safetensors"
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = calibrate(loaded.eval(), tokens=2048, parts=("offsets", "k_map"))
+    found.save(file)
+    lengths = (LONG, LONG - 20, 40, LONG // 2, 130)
+    requests, wanted = reference_of(model, lengths, 1, 48, TOKENS)
+    settings = {**options, "calibration": str(file)}
+    with run(model, turbokv=settings, enable_prefix_caching=True) as llm:
+        close(e.ask(llm, requests, TOKENS), wanted)
+        close(e.ask(llm, requests, TOKENS), wanted)
+        context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        matrices = [layer.impl.cache.k_matrix for layer in context.values()]
+        addresses = [matrix.data_ptr() for matrix in matrices]
+        llm.collective_rpc("reload_weights")
+        again = [layer.impl.cache.k_matrix for layer in context.values()]
+    for index, matrix in enumerate(matrices):
+        key_map = found.layers[index].k_map
+        assert key_map is not None
+        assert torch.equal(matrix.cpu(), key_map.matrix.mT)
+    assert [matrix.data_ptr() for matrix in again] == addresses
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 16])
 def test_batches_of_any_size(count: int, folder: pathlib.Path) -> None:
     if CPU and count == 16:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,9 +20,13 @@ from turbokv.core import Codebook
 from turbokv.integrations.vllm.attention import steps_torch as kernels
 from turbokv.integrations.vllm.attention.layer import CacheLayer, head_slice
 from turbokv.integrations.vllm.offsets.file import check_parts
+from turbokv.key_map import KeyMap
 from turbokv.paged import PageLayout
 
 HEADS, DIM, PAGE = 2, 64, 32
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 SETTINGS = {"sm_scale": DIM**-0.5, "sliding_window": None, "logits_soft_cap": 0.0, "sinks": None}
 
 
@@ -30,9 +36,20 @@ def offsets(scale: float = 3.0) -> KeyOffsets:
     return KeyOffsets(mu, Rotary(rotary_frequencies(DIM)))
 
 
-def cache_layer(dtype: str = "tq_k8v4", centred: bool = False, copies: int = 0) -> CacheLayer:
+def key_map() -> KeyMap:
+    """Of matrices that are not orthogonal: they stretch by 1/e to e."""
+    generator = torch.Generator().manual_seed(6)
+    turn = torch.linalg.qr(torch.randn(HEADS, DIM, DIM, generator=generator)).Q
+    return KeyMap(turn * torch.linspace(-1, 1, DIM).exp())
+
+
+def cache_layer(
+    dtype: str = "tq_k8v4", centred: bool = False, copies: int = 0, mapped: bool = False
+) -> CacheLayer:
     calibration = LayerCalibration(offsets=offsets() if centred else None)
     layer = CacheLayer.create(dtype, DIM, HEADS, calibration)
+    if mapped:
+        layer.set_map(key_map(), torch.device("cpu"))
     if calibration.offsets is not None:
         layer.set_offsets(calibration.offsets, 1024, torch.device("cpu"))
     if copies:
@@ -46,8 +63,8 @@ class Stored:
     def __init__(self, layer: CacheLayer, length: int, tile_slots: Tensor | None = None) -> None:
         generator = torch.Generator().manual_seed(length)
         self.k, self.v = (torch.randn(length, HEADS, DIM, generator=generator) for _ in "kv")
-        if layer.k_offset is not None:
-            self.k += layer.k_offset[torch.arange(length) // 256]
+        if layer.offsets is not None:
+            self.k += layer.offsets.at(0, length).transpose(0, 1)
         count = -(-length // PAGE)
         self.table = torch.randperm(count, generator=generator).int()
         bits = layer.k_format.bits, layer.v_format.bits
@@ -207,6 +224,107 @@ def test_offsets_are_those_of_the_rank() -> None:
     layer.set_offsets(layer.offsets, 600, torch.device("cpu"))
     assert layer.k_offset.data_ptr() == address
     torch.testing.assert_close(layer.k_offset, wanted)
+
+
+def test_the_map_is_that_of_the_rank_and_stays_where_it_is() -> None:
+    own = key_map().of_heads(head_slice(2, 1, 1, 2))
+    layer = CacheLayer.create("tq4", DIM, 1)
+    layer.set_map(own, torch.device("cpu"))
+    assert layer.k_matrix is not None and layer.q_matrix is not None
+    assert torch.equal(layer.k_matrix[0], key_map().matrix[1].mT)
+    addresses = layer.k_matrix.data_ptr(), layer.q_matrix.data_ptr()
+    layer.k_matrix.zero_()  # as sleep leaves it
+    assert layer.key_map is not None
+    layer.set_map(layer.key_map, torch.device("cpu"))
+    assert (layer.k_matrix.data_ptr(), layer.q_matrix.data_ptr()) == addresses
+    assert torch.equal(layer.k_matrix[0], key_map().matrix[1].mT)
+    with pytest.raises(CalibrationError, match=r"k_map: wanted shape \[1, 64, 64\] for this rank"):
+        layer.set_map(key_map(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["codes", "copies"])
+def test_decode_over_mapped_keys_is_attention_over_the_original(copies: bool) -> None:
+    """Whatever a tile is read from, one query meets it: copies are of mapped keys, too."""
+    layer = cache_layer(mapped=True, centred=True, copies=4)
+    slots = torch.full((10, PAGE // 16), -1, dtype=torch.int32)
+    if copies:
+        slots[3, 0], slots[7, 1], slots[9, 1] = 0, 1, 3
+    stored = Stored(layer, 300, slots)
+    q = torch.randn(3, 4, DIM, generator=torch.Generator().manual_seed(1))
+    lens, indptr = torch.tensor([300], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    got, wanted = torch.empty(3, 4, DIM), torch.empty(3, 4, DIM)
+    table = stored.table[None]
+    kernels.decode(
+        layer, q, stored.pages, PAGE, table, lens, indptr, 3, slots, got, None, **SETTINGS
+    )
+    cu_k = torch.tensor([0, 300], dtype=torch.int32)
+    kernels.attend(
+        q, stored.k, stored.v, indptr, cu_k, 3, 300, wanted, causal=True, version=0, **SETTINGS
+    )
+    # of 8-bit keys and 4-bit values; a query in the other space is off by more than the output
+    assert float((got - wanted).norm() / wanted.norm()) < 0.12
+
+
+def test_pages_of_mapped_keys_are_those_of_the_reference() -> None:
+    from turbokv import TurboKVCodec
+    from turbokv.paged import PagedKVCache
+
+    layer = cache_layer("tq4", mapped=True, centred=True)
+    stored = Stored(layer, 300)
+    cache = PagedKVCache(TurboKVCodec(DIM, 4), 10, HEADS, PAGE, key_map=key_map())
+    plain = cache_layer("tq4", centred=True)
+    assert plain.k_offset is not None
+    token = torch.arange(300)
+    slots = stored.table[token // PAGE].long() * PAGE + token % PAGE
+    cache.append(stored.k, stored.v, slots, k_offset=plain.k_offset[token // 256])
+    differing = (cache.pages != stored.pages).float().mean()
+    assert float(differing) < 1e-3  # products may be summed up in another order
+
+
+@needs_vllm
+def test_prefill_over_older_tokens_maps_what_meets_them() -> None:
+    """A chunk with older tokens in pages answers as attention over all keys does."""
+    from types import SimpleNamespace
+
+    from turbokv.integrations.vllm.attention.layer import AttentionShape, AttentionSinks
+    from turbokv.integrations.vllm.prefill.flash_attention import (
+        Prefill,
+        PrefillGroup,
+        Workspace,
+    )
+    from turbokv.integrations.vllm.prefill.plan import Group
+
+    layer = cache_layer(mapped=True, centred=True)
+    stored = Stored(layer, 200)
+    shape = AttentionShape(4, HEADS, DIM, DIM**-0.5, None, 0.0)
+    workspace: Workspace = SimpleNamespace(  # type: ignore[assignment]
+        views=lambda _: [torch.empty(256, HEADS, DIM) for _ in range(4)]
+    )
+    q = torch.randn(50, 4, DIM, generator=torch.Generator().manual_seed(2))
+    wanted = torch.empty(50, 4, DIM)
+    cu_q = torch.tensor([0, 50], dtype=torch.int32)
+    cu_k = torch.tensor([0, 200], dtype=torch.int32)
+    kernels.attend(
+        q, stored.k, stored.v, cu_q, cu_k, 50, 200, wanted, causal=True, version=0, **SETTINGS
+    )
+    plan = Group(0, 1, (50,), (0,), (200,))
+    group = PrefillGroup(
+        plan, slice(0, 1), slice(0, 50), cu_q, cu_k, torch.zeros(1, dtype=torch.int32)
+    )
+    for reads_cache_only in (False, True):
+        prefill = Prefill(
+            kernels,
+            shape,
+            workspace,
+            AttentionSinks(),
+            lambda: layer,
+            reads_cache_only=reads_cache_only,
+            fa_version=0,
+        )
+        out = torch.empty(50, 4, DIM)
+        fresh = stored.k[150:], stored.v[150:]
+        prefill.run(group, q, *fresh, stored.pages, PAGE, stored.table[None], None, out)
+        assert float((out - wanted).norm() / wanted.norm()) < 0.12, reads_cache_only
 
 
 def test_heads_are_split_or_shared_among_ranks() -> None:

@@ -47,7 +47,7 @@ def answers(model: str, split: str | None, options: dict[str, Any]) -> list[e.An
 def test_two_processes_answer_like_one(
     split: str, calibration: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank holds one of two KV heads, a stage two of four layers: offsets and copies, too."""
+    """A rank holds one of two KV heads, a stage two of four layers; offsets, maps, copies, too."""
     if CPU and split == "pipeline_parallel_size":
         pytest.skip("vLLM's CPU engine gives its second stage nothing to start from")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -60,9 +60,10 @@ def test_two_processes_answer_like_one(
 
         options["calibration"] = str(tmp_path / "calibration.safetensors")
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        calibrate(loaded.eval(), tokens=2048).save(options["calibration"])
+        parts = ("offsets", "k_map")
+        calibrate(loaded.eval(), tokens=2048, parts=parts).save(options["calibration"])
     found = e.compare(answers(model, split, options), answers(model, None, options))
     print(found)
-    # only sums over ranks round otherwise; other heads' offsets or pages would cost tenths
+    # only sums over ranks round otherwise; other heads' offsets, maps or pages would cost tenths
     assert found.error < 0.02
     assert found.agreed > 0.9

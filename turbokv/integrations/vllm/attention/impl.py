@@ -178,7 +178,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             self.cache.set_offsets(self.cache.offsets, self._max_tokens, self.device)
 
     def _calibrate(self, path: str) -> None:
-        """Take codebooks, once, and offsets of this layer."""
+        """Take codebooks, once, and the map and offsets of this layer."""
         name, _ = compat.own_layer(self, self.vllm_config)
         calibration = file.load(path)
         file.check_parts(calibration, self.kv_cache_dtype)
@@ -190,9 +190,12 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
                 self.kv_cache_dtype, self.head_size, self.num_kv_heads, layer
             )
             self._has_decided = True
+        ranks = compat.tensor_parallel()
+        if layer.k_map is not None:
+            heads = head_slice(layer.k_map.num_kv_heads, self.num_kv_heads, *ranks)
+            self.cache.set_map(layer.k_map.of_heads(heads), self.device)
         if layer.offsets is not None and not self._is_chunked:
-            total = layer.offsets.mu.shape[0]
-            heads = head_slice(total, self.num_kv_heads, *compat.tensor_parallel())
+            heads = head_slice(layer.offsets.mu.shape[0], self.num_kv_heads, *ranks)
             own = KeyOffsets(layer.offsets.mu[heads], layer.offsets.rotary)
             self.cache.set_offsets(own, self._max_tokens, self.device)
 

@@ -15,6 +15,7 @@ from turbokv.centring import SEGMENT, KeyOffsets
 from turbokv.codec import DEFAULT_K_RULE, DEFAULT_V_RULE
 from turbokv.core import Codebook, VectorFormat
 from turbokv.integrations.vllm.dtypes import cache_widths
+from turbokv.key_map import KeyMap
 from turbokv.paged import SCALE_BYTES, TILE
 
 
@@ -98,9 +99,16 @@ class CacheLayer:
         What the tables of offsets are made from, of this rank's heads; on the host.
     k_offset, k_offset_rotated
         float32 ``[num_segments, num_kv_heads, head_dim]`` and ``padded_dim``: what is subtracted
-        from keys, by 256 logical positions; None where keys are stored as they are.
+        from keys, by 256 logical positions; None where keys are stored as they are. Of a layer with
+        a map they are mapped.
     copies
-        float16 ``[num_slots, num_kv_heads, 2, 16, padded_dim]``: 16-bit copies of tiles, or None.
+        float16 ``[num_slots, num_kv_heads, 2, 16, padded_dim]``: 16-bit copies of tiles, or None;
+        of mapped keys where there is a map, so that one query serves both kinds of tile.
+    key_map
+        What the matrices are made from, of this rank's heads; on the host.
+    k_matrix, q_matrix
+        float32 ``[num_kv_heads, head_dim, head_dim]``: rows of keys, and of the queries that meet
+        them, are multiplied by these; None where keys are not mapped.
     """
 
     k_format: VectorFormat
@@ -110,6 +118,9 @@ class CacheLayer:
     k_offset: Tensor | None = None
     k_offset_rotated: Tensor | None = None
     copies: Tensor | None = field(default=None, repr=False)
+    key_map: KeyMap | None = field(default=None, repr=False)
+    k_matrix: Tensor | None = field(default=None, repr=False)
+    q_matrix: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def create(
@@ -176,6 +187,31 @@ class CacheLayer:
         padded = (*shape, self.k_format.padded_dim)
         self.k_offset_rotated = torch.zeros(padded, dtype=torch.float32, device=device)
 
+    def set_map(self, key_map: KeyMap, device: torch.device) -> None:
+        """Map keys from now on; before :meth:`set_offsets`, and again after a wake.
+
+        Parameters
+        ----------
+        key_map
+            Of this rank's heads. Kept on the host, where sleep does not reach.
+        device
+            Where the matrices are made.
+        """
+        wanted = [self.num_kv_heads, self.head_dim, self.head_dim]
+        if list(key_map.matrix.shape) != wanted:
+            raise CalibrationError(
+                f"calibration k_map: wanted shape {wanted} for this rank, got"
+                f" {list(key_map.matrix.shape)}"
+            )
+        self.key_map = key_map.to(torch.device("cpu"))
+        if self.k_matrix is None or self.q_matrix is None:
+            self.k_matrix, self.q_matrix = (
+                torch.empty(wanted, dtype=torch.float32, device=device) for _ in "kq"
+            )
+        # in place, since captured graphs hold the addresses
+        self.k_matrix.copy_(self.key_map.matrix.mT)
+        self.q_matrix.copy_(self.key_map.inverse)
+
     def drop_offsets(self) -> None:
         """Store keys as they are; only before anything is stored or captured."""
         self.offsets = self.k_offset = self.k_offset_rotated = None
@@ -200,6 +236,8 @@ class CacheLayer:
         self.offsets = offsets.to(torch.device("cpu"))
         segments = -(-max_tokens // SEGMENT)
         table = self.offsets.rotary.segment_means(self.offsets.mu, 0, segments)
+        if self.key_map is not None:
+            table = self.key_map.map_keys(table.transpose(0, 1)).transpose(0, 1)
         rotated = core.rotate(table.reshape(-1, self.head_dim), self.k_format)
         rotated = rotated.view(segments, self.num_kv_heads, self.k_format.padded_dim)
         if self.k_offset is None or self.k_offset_rotated is None:

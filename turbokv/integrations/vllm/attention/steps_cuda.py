@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbokv.integrations.vllm import compat
 from turbokv.integrations.vllm.attention.layer import CacheLayer, apply_attention_sinks
-from turbokv.kernels import cuda
+from turbokv.kernels import cuda, triton_key_map
 
 
 def prepare(layer: CacheLayer) -> None:
@@ -24,6 +24,18 @@ def prepare(layer: CacheLayer) -> None:
         raise RuntimeError(reason)
     for kind in ("store", "decompress", "decode"):
         cuda.prepare(kind, layer.k_format, layer.v_format)
+    if layer.k_matrix is not None:
+        triton_key_map.prepare(layer.k_matrix)
+
+
+def map_keys(layer: CacheLayer, k: Tensor) -> Tensor:
+    """Return keys as they are stored, rounded to their dtype: new where the layer maps them."""
+    return k if layer.k_matrix is None else triton_key_map.map_heads(k, layer.k_matrix)
+
+
+def map_queries(layer: CacheLayer, q: Tensor) -> Tensor:
+    """Return queries that meet such keys, in their dtype: new where the layer maps them."""
+    return q if layer.q_matrix is None else triton_key_map.map_heads(q, layer.q_matrix)
 
 
 def decode_workspace_bytes(
@@ -52,7 +64,7 @@ def store(
 ) -> None:
     """Compress fresh tokens into their slots, and keep 16-bit copies where a tile has one."""
     cuda.store(
-        k,
+        map_keys(layer, k),
         v,
         slot_mapping,
         pages,
@@ -79,7 +91,7 @@ def expand(
     token_begin: Tensor | None = None,
     out_indptr: Tensor | None = None,
 ) -> None:
-    """Decompress tokens of one request (``block_table`` 1-D) or several, in original space."""
+    """Decompress tokens of one request (``block_table`` 1-D) or several, keys still mapped."""
     cuda.decompress(
         pages,
         layer.k_format,
@@ -115,9 +127,9 @@ def decode(
     logits_soft_cap: float,
     sinks: Tensor | None,
 ) -> None:
-    """Attend to compressed pages in one launch; graph-safe."""
+    """Attend to compressed pages in one launch, after one that maps queries; graph-safe."""
     cuda.decode(
-        q,
+        map_queries(layer, q),
         pages,
         layer.k_format,
         layer.v_format,

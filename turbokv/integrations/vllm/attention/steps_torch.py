@@ -35,6 +35,23 @@ def _layout(layer: CacheLayer, page_size: int) -> PageLayout:
     return PageLayout(layer.head_dim, k_bits, v_bits, page_size, layer.num_kv_heads)
 
 
+def map_keys(layer: CacheLayer, k: Tensor) -> Tensor:
+    """Return keys as they are stored: float32 where the layer maps them, else ``k``."""
+    return k if layer.k_matrix is None else _times(k, layer.k_matrix)
+
+
+def map_queries(layer: CacheLayer, q: Tensor) -> Tensor:
+    """Return queries that meet such keys: float32 where the layer maps them, else ``q``."""
+    return q if layer.q_matrix is None else _times(q, layer.q_matrix)
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply rows ``[tokens, heads, dim]`` by the matrix of their KV head."""
+    finite = x.float().clamp(-core.INPUT_LIMIT, core.INPUT_LIMIT)
+    grouped = finite.view(x.shape[0], matrix.shape[0], -1, x.shape[2])
+    return torch.einsum("thgd,hde->thge", grouped, matrix).reshape(x.shape)
+
+
 def store(
     layer: CacheLayer,
     k: Tensor,
@@ -49,7 +66,7 @@ def store(
     keep = (slot_mapping[: k.shape[0]] >= 0).nonzero()[:, 0]
     slots = slot_mapping[keep]
     layout = _layout(layer, page_size)
-    vectors = {"k": k[keep].float(), "v": v[keep].float()}
+    vectors = {"k": map_keys(layer, k[keep]).float(), "v": v[keep].float()}
     for role, fmt in (("k", layer.k_format), ("v", layer.v_format)):
         x, uncentred = vectors[role], None
         if role == "k" and layer.k_offset is not None:
@@ -83,7 +100,7 @@ def _read(
     end: int,
     tile_slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens ``begin`` to ``end - 1`` of a request in original space, float32."""
+    """Tokens ``begin`` to ``end - 1`` of a request, keys as the layer maps them, float32."""
     token = torch.arange(begin, end, dtype=torch.int64, device=table.device)
     slots = table.long()[token // page_size] * page_size + token % page_size
     layout = _layout(layer, page_size)
@@ -124,7 +141,7 @@ def expand(
     token_begin: Tensor | None = None,
     out_indptr: Tensor | None = None,
 ) -> None:
-    """Decompress tokens of one request (``block_table`` 1-D) or several, in original space."""
+    """Decompress tokens of one request (``block_table`` 1-D) or several, keys still mapped."""
     if block_table.ndim == 1:
         block_table = block_table[None]
     starts = [0, out_k.shape[0]] if out_indptr is None else out_indptr.tolist()
@@ -185,6 +202,7 @@ def decode(
     sinks: Tensor | None,
 ) -> None:
     """Attend to compressed pages."""
+    q = map_queries(layer, q)
     rows = range(0, q.shape[0] + 1, max_q_len) if qo_indptr is None else qo_indptr.tolist()
     for row, length in enumerate(seq_lens.tolist()):
         own = slice(rows[row], rows[row + 1])

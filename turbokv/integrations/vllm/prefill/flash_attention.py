@@ -111,6 +111,9 @@ class _Pages:
 class Prefill:
     """Attends with groups of prefill rows for one layer, whose implementation owns it.
 
+    Where the layer maps keys, those of pages are expanded as they were mapped, and queries and
+    fresh keys that meet them are mapped too. Groups without older tokens attend as they are.
+
     Parameters
     ----------
     steps
@@ -199,6 +202,10 @@ class Prefill:
         k = v = None
         if not self.reads_cache_only:
             k, v = key[tokens], value[tokens]
+        if k is None or not group.group.is_fresh:  # pages take part
+            cache = self.storage()
+            q = self.steps.map_queries(cache, q).to(out.dtype)
+            k = None if k is None else self.steps.map_keys(cache, k).to(out.dtype)
         cached = _Pages(pages, page_size, block_table[group.rows], tile_slots)
         images = group.images if sees_images else None
         # what is merged with another part afterwards must not have the sinks in it yet
