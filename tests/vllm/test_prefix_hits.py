@@ -78,6 +78,25 @@ def test_hits_end_a_window_before_the_last_token(
     assert asked == [(["a"], longest)]
 
 
+@pytest.mark.parametrize(
+    ("found", "computed", "wanted"),
+    [
+        (None, 0, (None, True)),  # not known yet
+        (0, 0, (0, True)),
+        (64, 0, (64, True)),
+        (480, 0, (384, True)),
+        (480, 32, (352, True)),  # 384 tokens, both together
+        (128, 384, (0, False)),  # all that could be loaded is computed anew
+        (64, 448, (0, False)),
+    ],
+)
+def test_loads_end_where_hits_do(
+    found: int | None, computed: int, wanted: tuple[int | None, bool]
+) -> None:
+    shortened = prefix_hits.shorten_loads(lambda request, count: (found, True), 128, 32)
+    assert shortened(SimpleNamespace(num_tokens=513), computed) == wanted
+
+
 def test_another_vllm_is_noticed_at_start_up() -> None:
     with pytest.raises(TypeError, match="find_longest_cache_hit: wanted a parameter max_cache"):
         prefix_hits.shorten_hits(lambda hashes, limit: None, 128)
@@ -113,6 +132,7 @@ def test_every_way_to_look_for_a_hit_is_shortened(monkeypatch: pytest.MonkeyPatc
     def make(self: Any) -> None:
         self.vllm_config = config(additional_config=turbokv(window=128))
         self.kv_cache_manager = SimpleNamespace(coordinator=Coordinator())
+        self.connector = None
 
     monkeypatch.setattr(Scheduler, "__init__", make)
     coordinator = WindowScheduler().kv_cache_manager.coordinator

@@ -7,7 +7,7 @@ window. Hits that end ``window`` tokens before the end of the prompt make the st
 tokens anew, into pages of the request's own, and so into slots: what a hit answers no longer
 depends on which copies the pool still holds. The price is at most ``window`` tokens more to
 prefill, which takes the time of reading the weights once, as the last token alone does, and their
-pages, which are not shared.
+pages, which are not shared. What a KV connector could load ends there, too.
 
 vLLM takes a scheduler by name (``scheduler_cls``), in this version and in later ones.
 """
@@ -77,5 +77,32 @@ def shorten_hits(find: Callable[..., Any], tokens: int) -> Callable[..., Any]:
     def shortened(block_hashes: Any, max_cache_hit_length: int) -> Any:
         # vLLM itself leaves the last token to be computed: one of ours
         return find(block_hashes, max_cache_hit_length=max(max_cache_hit_length + 1 - tokens, 0))
+
+    return shortened
+
+
+def shorten_loads(match: Callable[..., Any], tokens: int, block_size: int) -> Callable[..., Any]:
+    """Return a connector's ``get_num_new_matched_tokens`` that ends where hits do.
+
+    Pages that are loaded have no 16-bit copies, so a load of the newest tokens would undo what
+    :func:`shorten_hits` is for. vLLM's connectors load as many tokens as they are asked for in the
+    end, which may be fewer than they found.
+
+    Parameters
+    ----------
+    match
+        Of the connector: tokens that it has beyond those computed (None: ask again later), and
+        whether they arrive beside the engine's steps.
+    tokens, block_size
+        How many of the newest tokens to leave, and what a load is a multiple of.
+    """
+
+    def shortened(request: Any, num_computed_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        found, is_async = match(request, num_computed_tokens, *args, **kwargs)
+        if not found:
+            return found, is_async
+        room = max(request.num_tokens - tokens - num_computed_tokens, 0)
+        kept = min(found, room // block_size * block_size)
+        return kept, is_async and kept > 0
 
     return shortened

@@ -10,8 +10,13 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from turbokv.integrations.vllm.window.prefix_hits import recomputed_tokens, shorten_hits
+from turbokv.integrations.vllm.window.prefix_hits import (
+    recomputed_tokens,
+    shorten_hits,
+    shorten_loads,
+)
 
 # Of vLLM's coordinator; the second one, of vLLM 0.28 and newer, is asked for hybrid models whose
 # pages a KV connector brings, and not every coordinator has it.
@@ -24,12 +29,22 @@ class WindowScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tokens = recomputed_tokens(self.vllm_config)
-        if tokens:
-            coordinator = self.kv_cache_manager.coordinator
-            for name in _FINDERS:
-                find = getattr(coordinator, name, None)
-                if find is not None:
-                    setattr(coordinator, name, shorten_hits(find, tokens))
+        if not tokens:
+            return
+        if self.connector is not None and self._holds_all_tokens():
+            match = self.connector.get_num_new_matched_tokens
+            shortened = shorten_loads(match, tokens, self.block_size)
+            self.connector.get_num_new_matched_tokens = shortened
+        coordinator = self.kv_cache_manager.coordinator
+        for name in _FINDERS:
+            find = getattr(coordinator, name, None)
+            if find is not None:
+                setattr(coordinator, name, shorten_hits(find, tokens))
+
+    def _holds_all_tokens(self) -> bool:
+        """Whether a load may end at any block: not where layers keep a window or a state of it."""
+        groups = self.kv_cache_config.kv_cache_groups
+        return all(isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups)
 
 
 class AsyncWindowScheduler(WindowScheduler, AsyncScheduler):  # type: ignore[misc]
