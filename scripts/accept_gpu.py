@@ -31,7 +31,7 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-_WORTH = re.compile(r"^(FAILED|ERROR) |\d+ (passed|failed)|SUMMARY")
+_WORTH = re.compile(r"^(FAILED|ERROR|BROKEN|kept) |\d+ (passed|failed)|SUMMARY")
 _KERNELS = "scripts/bench_kernels.py --repeats 5 --kinds"
 _DECODE = f"{_KERNELS} decode --window --centred"
 _CELLS = "--shapes 32/8x128 --cells 16x32K,1x8K,64x8K,1x128K,16x8K"
@@ -80,6 +80,10 @@ STEPS = {
         needs=_VLLM,
     ),
     "other-dtypes": Step("tests/vllm/test_other_dtypes.py", 1, needs=_VLLM),
+    "soak": Step(
+        "scripts/soak.py --seconds 120 --streams 256 --model smollm2 --json {out}/soak.json",
+        needs=_MODEL,
+    ),
     "server": Step("tests/vllm/test_server_gpu.py", 2, needs=_MODEL),
     "ranks": Step("tests/vllm/test_tensor_parallel.py", 1, devices=2, needs=_VLLM),
     "quality": Step("scripts/eval_serving.py --json {out}/quality.json", needs=_MODEL),
