@@ -251,6 +251,11 @@ def make(name: str, folder: pathlib.Path, seed: int = 0) -> str:
             # what some classes leave as the allocator gave it
             if not weight.isfinite().all() or weight.abs().max() > 8:
                 torch.nn.init.normal_(weight, std=SPREAD)
+            # Gemma 3n divides by the norm of an embedding, and engines warm up with token 0, the
+            # padding, whose row is zero: NaN, from which a GPU samples tokens that do not exist
+            if key.endswith("embed_tokens.weight"):
+                zero = ~weight.data.any(dim=-1)
+                weight.data[zero] = torch.randn_like(weight.data[zero]) * SPREAD
             if entry.unscaled and key.endswith("q_norm.weight"):
                 weight.data.mul_(weight.numel() ** -0.5)
         model.save_pretrained(path)
