@@ -156,15 +156,15 @@ def main() -> int:
     wanted = version()
     wheel = newest(options.dist, f"turbokv_cache-{wanted}*.whl")
     source = newest(options.dist, f"turbokv_cache-{wanted}*.tar.gz")
-    found = [name for name in options.pythons if usable(name)]
+    found = [path for path in map(interpreter, options.pythons) if path is not None]
     if not found:
         raise SystemExit(f"pythons: wanted some of {options.pythons}, found none")
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="turbokv-release-"))
     try:
         check_source(source, wheel, scratch / "source")
         say(f"{source.name} builds the files of {wheel.name}")
-        for name in found:
-            folder = scratch / name
+        for number, name in enumerate(found):
+            folder = scratch / str(number)
             folder.mkdir()
             try_wheel(name, wheel, options.torch, folder, wanted)
             say(f"{name}: the wheel works")
@@ -175,7 +175,7 @@ def main() -> int:
             say(f"left in {scratch}")
         else:
             shutil.rmtree(scratch, ignore_errors=True)
-    missing = sorted(set(options.pythons) - set(found))
+    missing = [name for name in options.pythons if interpreter(name) is None]
     say(
         f"passed with {', '.join(found)}"
         + (f"; not found: {', '.join(missing)}" if missing else "")
@@ -183,13 +183,17 @@ def main() -> int:
     return 0
 
 
-def usable(python: str) -> bool:
-    """Whether an interpreter is there and runs (a shim may be there and not run)."""
-    path = shutil.which(python)
-    if path is None:
-        return False
-    command = [path, "-c", "import venv"]
-    return subprocess.run(command, capture_output=True, env={**os.environ}).returncode == 0
+def interpreter(name: str) -> str | None:
+    """Return an interpreter's path if it is there and runs, also where pyenv keeps it."""
+    kept = pathlib.Path(os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv")) / "versions"
+    number = name.rpartition("python")[2]
+    candidates = [shutil.which(name), *sorted(kept.glob(f"{number}.*/bin/python"), reverse=True)]
+    for path in candidates:
+        if path is not None:
+            done = subprocess.run([path, "-c", "import venv"], capture_output=True)
+            if done.returncode == 0:
+                return str(path)
+    return None
 
 
 if __name__ == "__main__":

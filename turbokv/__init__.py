@@ -11,7 +11,7 @@ from turbokv.core import Codebook, packed_dim, padded_dim
 if TYPE_CHECKING:
     from turbokv.integrations.transformers import TurboKVCache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Codebook",
     "TurboKVCache",

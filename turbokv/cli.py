@@ -12,7 +12,7 @@ import typer
 from turbokv import cli_options as common
 from turbokv.cli_eval import evaluate
 from turbokv.files import check_writable
-from turbokv.presets import PRESETS
+from turbokv.presets import PRESETS, preset_name
 
 app = typer.Typer(
     help="KV caches of language models at 2 to 5 bits a number.",
@@ -52,7 +52,7 @@ def demo(
         str, typer.Option(help="Offsets of centred keys: auto, none or a file of `calibrate`.")
     ] = "auto",
     prompt: Annotated[str | None, typer.Option(help="The user's message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 80,
     dtype: common.DtypeOption = "float32",
     device: common.DeviceOption = "cpu",
     threads: common.ThreadsOption = 0,
@@ -61,18 +61,19 @@ def demo(
     """Answer a chat message with and without a compressed cache, side by side."""
     common.check_compute(dtype, device, threads)
     common.read_calibration(calibration)
-    loaded = common.load(model, dtype, device)
-    from turbokv.integrations.transformers import report
+    from turbokv.integrations.transformers import demo_report
     from turbokv.integrations.transformers.demo import run_demo
 
-    with common.progress_bar() as progress:
-        progress.add_task("answering twice")
+    loaded = common.load(model, dtype, device)
+    widths = (k_bits or bits, v_bits or bits)
+    with common.time_left() as progress:
         result = run_demo(
             loaded,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            k_bits=k_bits or bits,
-            v_bits=v_bits or bits,
+            progress=progress,
+            k_bits=widths[0],
+            v_bits=widths[1],
             window=window,
             sinks=sinks,
             calibration=calibration,
@@ -80,9 +81,8 @@ def demo(
     if as_json:
         common.print_json(result.to_dict())
         return
-    settings = f"K{k_bits or bits}V{v_bits or bits}, window {window}, sinks {sinks}"
-    for table in report.demo_tables(result, dtype, settings):
-        common.console.print(table)
+    settings = f"{preset_name(*widths)}, window {window}, sinks {sinks}"
+    common.console.print(demo_report.render(result, dtype, settings, widths))
 
 
 app.command("eval")(evaluate)
@@ -132,8 +132,7 @@ def calibrate(
     own_texts = [read_text(name) for name in text or ()]
     loaded = common.load(model, dtype, device)
     ids = [encode(loaded.tokenizer, own) for own in own_texts] or None
-    with common.progress_bar() as progress:
-        task = progress.add_task("running the model")
+    with common.time_left() as progress:
         result = measure(
             loaded.model,
             ids,
@@ -145,9 +144,7 @@ def calibrate(
             bos=leading_token(loaded.tokenizer),
             longest=longest,
             name=loaded.name,
-            progress=lambda done, total: progress.update(
-                task, description=f"ran {min(done, total)} of {total} tokens"
-            ),
+            progress=lambda done, total: progress("running the model", min(done, total), total),
         )
     result.save(output)
     weakness = result.weakness(k_bits)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import TYPE_CHECKING, Annotated
 
@@ -126,8 +127,10 @@ def evaluate(
     samples, held_out, bos = texts.sample_texts(
         loaded.tokenizer, read, tokens, passages, (calibration_text, other_text), centring
     )
-    with common.progress_bar() as progress:
-        task = progress.add_task("calibrating")
+    # every cache takes a chunk before the next one: so many steps, each about as long
+    steps, total = itertools.count(1), len(samples) * passages * -(-tokens // chunk)
+    with common.time_left() as progress:
+        progress("calibrating", 0, 0)
         calibrations = _measured(loaded, wanted, given, held_out, bos)
         tables, rows = ev.score_tables(
             loaded.model,
@@ -139,7 +142,7 @@ def evaluate(
             sinks=sinks,
             first_position=first_position,
             score_every=score_every,
-            progress=lambda what: progress.update(task, description=f"scored {what}"),
+            progress=lambda _: progress("scoring", next(steps), total),
         )
         cells = []
         if needle:
@@ -151,7 +154,7 @@ def evaluate(
                 contexts=contexts,
                 window=window,
                 sinks=sinks,
-                progress=lambda what: progress.update(task, description=what),
+                progress=lambda what: progress(what, 0, 0),
             )
     title = (
         f"{loaded.name}, {', '.join(read)}, {passages} x {tokens} tokens of each in chunks of"
@@ -163,9 +166,9 @@ def evaluate(
         common.print_json(report.scores_json(title, samples, tables, rows, cells, bos))
     else:
         for table in report.quality_tables(tables, rows, title):
-            common.console.print(table)
+            common.show(table)
         if cells:
-            common.console.print(report.needle_table(cells))
+            common.show(report.needle_table(cells))
     if plot is not None:
         report.plot_quality(rows, plot, title)
         if not as_json:

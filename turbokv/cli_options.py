@@ -3,16 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -61,11 +70,32 @@ def show(found: RenderableType) -> None:
     Console(width=max(console.width, *needed)).print(found)
 
 
-def progress_bar() -> Progress:
-    """Progress on stderr, so that stdout stays the result."""
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=errors
+@contextlib.contextmanager
+def time_left() -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar with the time left, for one thing after the other.
+
+    It is on stderr, as stdout is for results. What it gives is called with what is done, and with how much of it is done of how much (0 if that
+    is not known).
+    """
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task, current = progress.add_task("", total=None), ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal current
+            if what != current:
+                progress.reset(task, description=what)
+                current = what
+            progress.update(task, completed=done, total=total or None)
+
+        yield report
 
 
 def check_compute(dtype: str, device: str, threads: int) -> None:
@@ -96,10 +126,15 @@ def load(path: pathlib.Path | None, dtype: str, device: str) -> LoadedModel:
     import torch
 
     from turbokv.integrations.transformers import models
+    from turbokv.integrations.transformers.converted import load_packaged
 
-    with progress_bar() as progress:
-        progress.add_task(f"loading {path or 'SmolLM2-135M-Instruct'}")
-        return models.load_model(path, dtype=getattr(torch, dtype), device=device)
+    chosen = getattr(torch, dtype)
+    with time_left() as progress:
+        if path is None or str(path) == models.SMOLLM2:
+            progress("loading SmolLM2-135M-Instruct", 0, 0)
+            return load_packaged(dtype=chosen, device=device, progress=progress)
+        progress(f"loading {path}", 0, 0)
+        return models.load_model(path, dtype=chosen, device=device)
 
 
 def read_calibration(path: str | pathlib.Path | None) -> Calibration | None:

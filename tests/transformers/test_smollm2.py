@@ -69,7 +69,8 @@ def test_demo_agrees_and_holds_less(loaded: models.LoadedModel) -> None:
     assert result.prompt_tokens > 400
     assert result.agreeing_tokens == result.full.tokens == 6
     assert result.kl < 0.01 and result.top1 == 1.0
-    assert 2.5 < result.bytes_ratio < 8
+    assert 2 < result.bytes_ratio < 4  # of a 16-bit cache, and the window is a part of it
+    assert result.same_tokens == 6
     json.dumps(result.to_dict())
 
 

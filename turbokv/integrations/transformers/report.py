@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo and the evaluation show: tables for a terminal, and a plot."""
+"""What the evaluation shows: tables for a terminal, and a plot."""
 
 from __future__ import annotations
 
@@ -10,43 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.panel import Panel
 from rich.table import Table
 
 from turbokv.files import check_writable, written_whole
-from turbokv.integrations.transformers.demo import DemoResult
 from turbokv.integrations.transformers.evaluate import Needle, Preset, Row
 from turbokv.integrations.transformers.texts import Sample
-
-
-def demo_tables(result: DemoResult, dtype: str, settings: str) -> list[Table]:
-    """Return the two answers side by side, and what was measured."""
-    answers = Table.grid(expand=True, padding=(0, 1))
-    answers.add_row(
-        Panel(result.full.text, title=f"{dtype} cache"),
-        Panel(result.compressed.text, title=f"TurboKV {settings}"),
-    )
-    table = Table(title=f"{result.model}, {result.prompt_tokens} prompt tokens")
-    table.add_column("")
-    table.add_column(f"{dtype} cache", justify="right")
-    table.add_column("TurboKV", justify="right")
-    full, ours = result.full, result.compressed
-    table.add_row(
-        "cache held (measured), bytes",
-        f"{full.cache_bytes:,}",
-        f"{ours.cache_bytes:,} ({result.bytes_ratio:.2f}x less)",
-    )
-    speeds = (full.tokens_per_second, ours.tokens_per_second)
-    table.add_row("decode, tokens/s", *("none" if s is None else f"{s:.1f}" for s in speeds))
-    table.add_row(
-        "first token, s",
-        f"{full.seconds_to_first_token:.2f}",
-        f"{ours.seconds_to_first_token:.2f}",
-    )
-    table.add_row("tokens agreeing", f"{full.tokens}", f"{result.agreeing_tokens}")
-    table.add_row("same top token, given the answer", "", f"{result.top1:.1%}")
-    table.add_row("KL a token, given the answer", "0", f"{result.kl:.5f}")
-    return [answers, table]
 
 
 def quality_table(rows: Sequence[Row], title: str) -> Table:
