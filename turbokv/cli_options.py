@@ -74,8 +74,8 @@ def show(found: RenderableType) -> None:
 def time_left() -> Iterator[Callable[[str, int, int], None]]:
     """Show one bar with the time left, for one thing after the other.
 
-    It is on stderr, as stdout is for results. What it gives is called with what is done, and with how much of it is done of how much (0 if that
-    is not known).
+    It is on stderr, as stdout is for results. What it gives is called with what is done, and with
+    how much of it is done of how much (0 if that is not known).
     """
     columns = (
         SpinnerColumn(),

@@ -261,7 +261,7 @@ def run_demo(
     def reporter(what: str, before: int, total: int) -> Callable[[int], None]:
         def report(done: int) -> None:
             if progress is not None:
-                progress(what, before + done, total)
+                progress(what, min(before + done, total), total)
 
         return report
 

@@ -58,7 +58,7 @@ def _megabytes(num_bytes: float) -> str:
 def _filling(result: DemoResult) -> Iterator[Text]:
     """Draw what the caches hold as the context grows."""
     now = [result.prompt_tokens + each.tokens - 1 for each in (result.full, result.compressed)]
-    lengths = [now[0], *(length for length in _CONTEXTS if length > now[0])]
+    lengths = [now[0], *(length for length in _CONTEXTS if length > 2 * now[0])]
     rows = []
     for length in lengths:
         full = result.full.bytes_at(now[0], length)
