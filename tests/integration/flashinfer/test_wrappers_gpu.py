@@ -26,6 +26,7 @@ if torch.cuda.is_available():
         BatchPrefillWithPagedTurboKVCacheWrapper,
         append_paged_turbokv_cache,
     )
+    from turbokv.key_map import KeyMap
     from turbokv.paged import PagedKVCache
 
     class Rounded(Problem):
@@ -418,3 +419,49 @@ def test_appended_tokens_have_the_bytes_of_the_reference(workspace: Any) -> None
     append_paged_turbokv_cache(k, v, batch, positions, pages, indices, indptr, page_size, *formats)
     torch.cuda.synchronize()
     assert torch.equal(pages, cache.pages)
+
+
+def test_mapped_keys_attend_like_the_reference(workspace: Any) -> None:
+    """Appended, decoded and prefilled with a map, against the paged reference with the same."""
+    generator = torch.Generator("cpu").manual_seed(3)
+    turn = torch.linalg.qr(torch.randn(2, 128, 128, generator=generator, dtype=torch.float32)).Q
+    key_map = KeyMap((turn * torch.linspace(-1, 1, 128).exp()).to(DEVICE))
+    codec = TurboKVCodec(128, k_bits=5, v_bits=3, device=DEVICE)
+    length, page_size = 300, 32
+    cache = PagedKVCache(codec, 10, 2, page_size, key_map=key_map)
+    indices = torch.randperm(10, device=DEVICE).int()
+    indptr = torch.tensor([0, 10], dtype=torch.int32, device=DEVICE)
+    last = torch.tensor([(length - 1) % page_size + 1], dtype=torch.int32, device=DEVICE)
+    k, v = (
+        torch.randn(length, 2, 128, generator=generator, dtype=torch.float32).to(DEVICE)
+        for _ in "kv"
+    )
+    q = torch.randn(40, 8, 128, generator=generator, dtype=torch.float32).to(DEVICE)
+    positions = torch.arange(length, dtype=torch.int32, device=DEVICE)
+    formats = (codec.vector_format("k"), codec.vector_format("v"))
+    batch = torch.zeros_like(positions)
+    append_paged_turbokv_cache(
+        k,
+        v,
+        batch,
+        positions,
+        cache.pages,
+        indices,
+        indptr,
+        page_size,
+        *formats,
+        k_matrix=key_map.matrix.mT.contiguous(),
+    )
+    shape = (8, 2, 128, page_size, *formats)
+    tables = (indptr, indices, last)
+    decode = BatchDecodeWithPagedTurboKVCacheWrapper(workspace)
+    decode.plan(*tables, *shape)
+    found = decode.run(q[-1:], cache.pages, q_matrix=key_map.inverse)
+    wanted = cache.attention(q[-1:], *tables)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
+    prefill = BatchPrefillWithPagedTurboKVCacheWrapper(workspace)
+    qo_indptr = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)
+    prefill.plan(qo_indptr, *tables, *shape, causal=True)
+    found = prefill.run(q, cache.pages, q_matrix=key_map.inverse)
+    wanted = cache.attention(q, *tables, qo_indptr=qo_indptr)
+    assert float((found - wanted).norm() / wanted.norm()) < 5e-3

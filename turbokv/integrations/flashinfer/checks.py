@@ -134,6 +134,16 @@ def copies(
     tensor(window, "window", (torch.float16,), shape5, pages.device, packed=True)
 
 
+def mapped(x: Tensor, matrix: Tensor, name: str, num_kv_heads: int) -> Tensor:
+    """Return ``x`` times the matrix of each row's KV head, or raise unless the matrices fit."""
+    shape = (num_kv_heads, x.shape[2], x.shape[2])
+    tensor(matrix, name, (torch.float32,), shape, x.device, packed=True)
+    # imported where it is used: pages without maps need no Triton
+    from turbokv.kernels.triton_key_map import map_heads
+
+    return map_heads(x, matrix)
+
+
 def indptr(values: Tensor, name: str, last: int | None = None) -> list[int]:
     """Return a host copy of ``values`` as ints: ascending from 0, and ending in ``last``."""
     tensor(values, name, INT32, (None,))

@@ -134,6 +134,7 @@ class BatchDecodeWithPagedTurboKVCacheWrapper:
         paged_kv_cache: Tensor,
         *,
         k_offset: Tensor | None = None,
+        q_matrix: Tensor | None = None,
         tile_slots: Tensor | None = None,
         window: Tensor | None = None,
         sinks: Tensor | None = None,
@@ -154,6 +155,9 @@ class BatchDecodeWithPagedTurboKVCacheWrapper:
         k_offset
             float32 ``[num_segments, num_kv_heads, padded_dim]``, contiguous: offsets of centred
             keys in rotated space, for every 256 tokens.
+        q_matrix
+            float32 ``[num_kv_heads, head_dim, head_dim]``, contiguous: of pages with mapped keys,
+            queries are multiplied by it as rows (``KeyMap.inverse``) by one more launch.
         tile_slots, window
             16-bit copies that are read instead of codes, as :func:`append_paged_turbokv_cache`
             wrote them.
@@ -180,6 +184,8 @@ class BatchDecodeWithPagedTurboKVCacheWrapper:
         shape = self._shape
         rows = (self._batch_size, shape.num_qo_heads)
         checks.tensor(q, "q", checks.FLOATS, (*rows, shape.head_dim), self.device)
+        if q_matrix is not None:
+            q = checks.mapped(q, q_matrix, "q_matrix", shape.num_kv_heads)
         checks.cache(paged_kv_cache, shape.num_kv_heads, shape.page_head_bytes, self.device)
         if lse is None and return_lse:
             lse = torch.empty(rows, dtype=torch.float32, device=self.device)

@@ -24,6 +24,7 @@ def append_paged_turbokv_cache(
     v_format: VectorFormat,
     *,
     k_offset: Tensor | None = None,
+    k_matrix: Tensor | None = None,
     tile_slots: Tensor | None = None,
     window: Tensor | None = None,
 ) -> None:
@@ -50,7 +51,10 @@ def append_paged_turbokv_cache(
     k_offset
         float32 ``[num_segments, num_kv_heads, head_dim]``, contiguous: subtracted from keys, for
         every 256 positions, where that makes them shorter. In original space, unlike what the
-        wrappers take.
+        wrappers take; with ``k_matrix`` mapped as keys are.
+    k_matrix
+        float32 ``[num_kv_heads, head_dim, head_dim]``, contiguous: keys, as rows, are multiplied by
+        it (``KeyMap.matrix.mT``). Readers then take ``q_matrix``.
     tile_slots, window
         int32 ``[num_pages, page_size // 16]`` and float16 ``[num_slots, num_kv_heads, 2, 16,
         padded_dim]``, contiguous: tokens of a tile with a slot are written there too.
@@ -62,8 +66,8 @@ def append_paged_turbokv_cache(
 
     Notes
     -----
-    Allocates the slots, 8 bytes a token, and does not synchronise; may be captured in a CUDA graph
-    after a first call. Values of index tensors are not checked.
+    Allocates the slots, 8 bytes a token, and mapped keys, and does not synchronise; may be captured
+    in a CUDA graph after a first call. Values of index tensors are not checked.
     """
     checks.page_size(page_size)
     checks.tensor(append_key, "append_key", checks.FLOATS, (None, None, None))
@@ -77,6 +81,8 @@ def append_paged_turbokv_cache(
     checks.vector_format(v_format, "v_format", append_key.shape[2])
     head_bytes = checks.page_head_bytes(k_format, v_format, page_size)
     checks.cache(paged_kv_cache, append_key.shape[1], head_bytes, device)
+    if k_matrix is not None:
+        append_key = checks.mapped(append_key, k_matrix, "k_matrix", append_key.shape[1])
     entry = kv_indptr[batch_indices.clamp(min=0).long()] + positions // page_size
     slots = kv_indices[entry.long()].long() * page_size + positions % page_size
     ops.store(

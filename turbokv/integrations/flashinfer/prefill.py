@@ -220,6 +220,7 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
         paged_kv_cache: Tensor,
         *,
         k_offset: Tensor | None = None,
+        q_matrix: Tensor | None = None,
         tile_slots: Tensor | None = None,
         window: Tensor | None = None,
         out: Tensor | None = None,
@@ -240,6 +241,9 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
         k_offset
             float32 ``[num_segments, num_kv_heads, padded_dim]``, contiguous: offsets of centred
             keys in rotated space, for every 256 tokens.
+        q_matrix
+            float32 ``[num_kv_heads, head_dim, head_dim]``, contiguous: of pages with mapped keys,
+            queries are multiplied by it as rows (``KeyMap.inverse``) by one more launch.
         tile_slots, window
             int32 ``[num_pages, page_size // 16]`` and float16 ``[num_slots, num_kv_heads, 2, 16,
             padded_dim]``, contiguous: 16-bit copies that are read instead of codes.
@@ -270,6 +274,8 @@ class BatchPrefillWithPagedTurboKVCacheWrapper:
         if not self._num_rows <= q.shape[0] <= most:
             wanted = self._num_rows if most == self._num_rows else f"{self._num_rows} to {most}"
             raise ValueError(f"q: wanted {wanted} tokens, as planned, got {q.shape[0]}")
+        if q_matrix is not None:
+            q = checks.mapped(q, q_matrix, "q_matrix", shape.num_kv_heads)
         checks.cache(paged_kv_cache, shape.num_kv_heads, shape.page_head_bytes, self.device)
         checks.copies(tile_slots, window, paged_kv_cache, shape.page_size, padded_dim)
         if k_offset is not None:
