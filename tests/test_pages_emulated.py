@@ -21,14 +21,17 @@ pytestmark = [
 ]
 
 CASES = 16
+PRESETS = ((4, 4), (5, 3), (3, 3), (2, 2))
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def make(r: random.Random, dim: int, tokens: int) -> PagedKVCache:
-    """Return a cache with room, full of random bytes; 3 bits more often than other widths."""
+    """Return a cache with room, full of random bytes; widths of presets, 3 bits more often."""
     head_dim = dim if r.random() < 0.7 else dim - r.choice((8, 13, dim // 4))
-    bits = [r.choice((*PAGE_BITS, 3, 3)) for _ in range(2)]
-    heads, page_size = r.choice((1, 2, 3)), r.choice((16, 32, 64))
+    bits = r.choice(PRESETS)
+    if r.random() < 0.5:
+        bits = (r.choice((*PAGE_BITS, 3, 3)), r.choice((*PAGE_BITS, 3, 3)))
+    heads, page_size = r.choice((1, 2, 3)), r.choice((16, 32, 48, 64))
     codec = TurboKVCodec(head_dim, *bits)
     cache = PagedKVCache(codec, -(-tokens // page_size) + 3, heads, page_size)
     cache.pages.random_(0, 256)
@@ -49,11 +52,9 @@ def vectors(r: random.Random, cache: PagedKVCache, tokens: int, dtype: torch.dty
     return x.view(2, tokens, heads, head_dim).to(dtype)
 
 
-@pytest.mark.parametrize("per_lane", [8, 16, 32])
-@pytest.mark.parametrize("dim", [64, 128, 512])
-def test_store_writes_the_bytes_of_the_plain_cache(dim: int, per_lane: int) -> None:
-    if dim == 512 and per_lane == 8:
-        pytest.skip("512 coordinates take a warp with 16 a lane")
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_store_writes_the_bytes_of_the_plain_cache(dim: int, small: bool) -> None:
     first = random.SystemRandom().randrange(1 << 40)
     for seed in range(first, first + CASES):
         r = random.Random(seed)
@@ -82,9 +83,47 @@ def test_store_writes_the_bytes_of_the_plain_cache(dim: int, per_lane: int) -> N
             offset = fields["k_offset"].expand(tokens, -1, -1)
         cache.append(k, v, slots, k_offset=offset)
         pages.run(
-            "store", got, k, v, variant=per_lane, ctas=r.choice((1, 2, 3)), slots=slots, **fields
+            "store", got, k, v, small=int(small), ctas=r.choice((1, 2, 3)), slots=slots, **fields
         )
         assert torch.equal(got.pages, cache.pages), f"seed {seed}"
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_store_keeps_16_bit_copies_and_rotated_forms(dim: int, small: bool) -> None:
+    first = random.SystemRandom().randrange(1 << 40)
+    for seed in range(first, first + 4):
+        r = random.Random(seed)
+        torch.manual_seed(seed)
+        tokens = r.choice((1, 9, 40))
+        cache = make(r, dim, tokens)
+        heads, size = cache.layout.num_kv_heads, cache.layout.page_size
+        k, v = torch.randn(2, tokens, heads, cache.codec.head_dim).to(r.choice(HALVES))
+        slots = torch.arange(tokens) + r.randrange(size)
+        slots[torch.rand(tokens) < 0.2] = -1
+        tiles = torch.full((cache.num_pages * size // 16,), -1, dtype=torch.int32)
+        kept = torch.randperm(len(tiles))[: len(tiles) // 2]
+        tiles[kept] = torch.arange(len(kept), dtype=torch.int32)
+        window = torch.full((len(kept), heads, 2, 16, dim), torch.nan).half()
+        rotated = torch.full((2, tokens, heads, dim), torch.nan).half()
+        mu = 2 * torch.randn(1, heads, cache.codec.head_dim)
+        k += mu.to(k.dtype)
+        fields = {"positions": torch.arange(tokens), "k_offset": mu} if r.random() < 0.6 else {}
+        offset = mu.expand(tokens, -1, -1) if fields else None
+        got = PagedKVCache(cache.codec, cache.num_pages, heads, size, pages=cache.pages.clone())
+        cache.append(k, v, slots, k_offset=offset)
+        fields |= {"tile_slots": tiles, "window": window}
+        fields |= {"k_rotated": rotated[0], "v_rotated": rotated[1]}
+        pages.run("store", got, k, v, small=int(small), ctas=2, slots=slots, **fields)
+        assert torch.equal(got.pages, cache.pages), f"seed {seed}"
+        columns = cache.codec.unrotate_output(torch.eye(dim))
+        want = torch.stack([cache.codec.rotate_query(k.float()), v.float() @ columns.T])
+        assert torch.allclose(rotated.float(), want, rtol=1e-3, atol=1e-3), f"seed {seed}"
+        expected = torch.full_like(window, torch.nan)
+        for row, slot in enumerate(slots.tolist()):
+            if slot >= 0 and tiles[slot // 16] >= 0:
+                expected[tiles[slot // 16], :, :, slot % 16] = rotated[:, row].transpose(0, 1)
+        assert torch.equal(window.view(torch.int16), expected.view(torch.int16)), f"seed {seed}"
 
 
 @pytest.mark.parametrize("dim", [64, 128, 512])

@@ -4,12 +4,15 @@
 
 #include "turbokv/decompress/kernel.cuh"
 #include "turbokv/store/kernel.cuh"
+#include "turbokv/store/small.cuh"
 
 using namespace turbokv;
 
 /*! \brief What a test asks for; the same fields as in pages.py. */
 struct call_t {
-  int32_t variant, ctas, dtype, rotated;  // numbers a lane (store), CTAs in a row of the grid
+  int32_t small;  // store: whether by the kernel of small batches
+  int32_t ctas;   // of a row of the grid; with `small` warps of a CTA
+  int32_t dtype, rotated;
   int32_t page_size, num_heads, head_dim, k_bits, v_bits, rows, first;
   int64_t page_stride, head_stride;
   uint8_t* pages;
@@ -18,6 +21,7 @@ struct call_t {
   const int32_t *table, *tile_slots;
   half_t* window;
   const float* k_offset;
+  void *k_rotated, *v_rotated;  // as k and v, of fp16
 };
 
 namespace {
@@ -41,18 +45,32 @@ void LaunchRows(int ctas, int threads, int shared_bytes, const F& kernel) {
   });
 }
 
-template <int PER_LANE, class DTypeIn>
-void RunStore(const store_params_t& p, int ctas) {
+/*! \brief The kernel of small batches, with so many warps a CTA. */
+template <class DTypeIn>
+void RunSmall(const store_params_t& p, int warps) {
   using namespace store_detail;
-  using C = store_traits_t<EMULATED_HEAD_DIM, PER_LANE>;
-  LaunchRows(ctas, C::kThreads, sizeof(store_shared_t<C>), [&] { StoreKernel<C, DTypeIn>(p); });
+  using C = small_traits_t<EMULATED_HEAD_DIM>;
+  const unsigned heads = p.kv.num_kv_heads, rows = warps * C::kVectors;
+  const unsigned blocks = (p.nnz + rows - 1) / rows;
+  VisitSmall<C, DTypeIn>(p, warps, [&](auto kernel, const auto& all) {
+    simt::Launch(heads * blocks * 2, warps * 32, 16, [&] {
+      if (simt::current == 0) {  // runs first, for all threads of the CTA
+        const unsigned i = simt::block_index.x;
+        simt::block_index = {i % heads, i / heads % blocks, i / heads / blocks};
+        simt::grid_size = {heads, blocks, 2};
+      }
+      kernel(all);
+    });
+    return 0;
+  });
 }
 
-template <int PER_LANE>
-void RunStore(const store_params_t& p, int ctas) {
-  if (p.dtype == dtype_t::kFloat32) return RunStore<PER_LANE, float>(p, ctas);
-  if (p.dtype == dtype_t::kFloat16) return RunStore<PER_LANE, half_t>(p, ctas);
-  RunStore<PER_LANE, bfloat16_t>(p, ctas);
+template <class DTypeIn>
+void RunStore(const store_params_t& p, bool small, int size) {
+  using namespace store_detail;
+  if (small) return RunSmall<DTypeIn>(p, size);
+  using C = store_traits_t<EMULATED_HEAD_DIM>;
+  LaunchRows(size, C::kThreads, sizeof(store_shared_t<C>), [&] { StoreKernel<C, DTypeIn>(p); });
 }
 
 }  // namespace
@@ -67,10 +85,14 @@ extern "C" void turbokv_emulate_store(const call_t* call) {
   p.k = call->k, p.v = call->v, p.nnz = call->rows, p.dtype = static_cast<dtype_t>(call->dtype);
   p.k_token_stride = p.v_token_stride = call->num_heads * call->head_dim;
   p.k_head_stride = p.v_head_stride = call->head_dim;
+  p.k_rotated = call->k_rotated, p.v_rotated = call->v_rotated;
+  p.rotated_dtype = dtype_t::kFloat16;
+  p.k_rotated_head_stride = p.v_rotated_head_stride = EMULATED_HEAD_DIM;
+  p.k_rotated_token_stride = p.v_rotated_token_stride = call->num_heads * EMULATED_HEAD_DIM;
   p.slot_mapping = call->slots, p.positions = call->positions, p.k_offset = call->k_offset;
-  if (call->variant == 32) return RunStore<32>(p, call->ctas);
-  if (call->variant == 16) return RunStore<16>(p, call->ctas);
-  if constexpr (EMULATED_HEAD_DIM <= 256) RunStore<8>(p, call->ctas);
+  if (p.dtype == dtype_t::kFloat32) return RunStore<float>(p, call->small, call->ctas);
+  if (p.dtype == dtype_t::kFloat16) return RunStore<half_t>(p, call->small, call->ctas);
+  RunStore<bfloat16_t>(p, call->small, call->ctas);
 }
 
 extern "C" void turbokv_emulate_decompress(const call_t* call) {

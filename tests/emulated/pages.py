@@ -17,10 +17,13 @@ from tests.emulated.harness import CACHE, DTYPES, FLAGS, HERE, INCLUDE
 from turbokv.paged import PagedKVCache
 
 _INTS = (
-    *("variant", "ctas", "dtype", "rotated"),
+    *("small", "ctas", "dtype", "rotated"),
     *("page_size", "num_heads", "head_dim", "k_bits", "v_bits", "rows", "first"),
 )
-_POINTERS = ["pages", "k", "v", "slots", "positions", "table", "tile_slots", "window", "k_offset"]
+_POINTERS = (
+    *("pages", "k", "v", "slots", "positions", "table", "tile_slots", "window", "k_offset"),
+    *("k_rotated", "v_rotated"),
+)
 
 
 class Call(ctypes.Structure):

@@ -78,7 +78,8 @@ def test_fuzzed_stores(chunk: int) -> None:
         torch.manual_seed(seed)
         head_dim, pair = r.choice(DIMS), r.choice(PAIRS)
         heads, size = r.choice((1, 2, 5, 8)), r.choice((16, 32, 48, 2032))
-        count = r.choice((0, 1, 15, 16, 17, 64, 200))
+        # a small batch, 16 numbers a lane, 32
+        count = r.choice((0, 1, 15, 16, 17, 64, 200, 1500, 9000))
         num_pages = -(-max(count, 1) // size) + 2
         cache = make(head_dim, pair, num_pages, heads, size)
         dtype = r.choice((torch.float32, torch.float16, torch.bfloat16))
@@ -94,19 +95,23 @@ def test_fuzzed_stores(chunk: int) -> None:
         assert same_bytes(stored(cache, k, v, slots), cache.pages), f"seed {seed}"
 
 
-def test_store_centres_keys_and_keeps_16_bit_copies() -> None:
-    heads, count, size = 2, 600, 16
-    cache = make(128, (4, 4), 40, heads, size)
+@pytest.mark.parametrize("pair", [(4, 4), (5, 3), (2, 8)])
+@pytest.mark.parametrize("count", [1, 40, 1800, 9000])
+def test_store_centres_keys_and_keeps_16_bit_copies(count: int, pair: tuple[int, int]) -> None:
+    heads, size = 2, 16
+    num_pages = count // size + 4
+    num_copies = -(-num_pages // 3)
+    cache = make(128, pair, num_pages, heads, size)
     k, v = torch.randn(2, count, heads, 128, device=DEVICE, dtype=torch.bfloat16)
-    mu = 2 * torch.randn(3, heads, 128, device=DEVICE)
+    mu = 2 * torch.randn(count // 256 + 1, heads, 128, device=DEVICE)
     k += mu[torch.arange(count, device=DEVICE) // 256].bfloat16()
     k[::7] = torch.randn_like(k[::7]) / 8  # far from the mean: stored uncentred
-    slots = torch.randperm(640, device=DEVICE)[:count]
+    slots = torch.randperm(num_pages * size, device=DEVICE)[:count]
     positions = torch.arange(count, device=DEVICE)
     cache.append(k, v, slots, k_offset=mu[positions // 256])
-    tile_slots = torch.full((40, 1), -1, dtype=torch.int32, device=DEVICE)
-    tile_slots[::3, 0] = torch.arange(14, dtype=torch.int32, device=DEVICE)
-    window = torch.full((14, heads, 2, 16, 128), float("nan"), device=DEVICE).half()
+    tile_slots = torch.full((num_pages, 1), -1, dtype=torch.int32, device=DEVICE)
+    tile_slots[::3, 0] = torch.arange(num_copies, dtype=torch.int32, device=DEVICE)
+    window = torch.full((num_copies, heads, 2, 16, 128), float("nan"), device=DEVICE).half()
     rotated = torch.full((2, count, heads, 128), float("nan"), device=DEVICE).half()
     pages = stored(
         cache,
@@ -127,6 +132,29 @@ def test_store_centres_keys_and_keeps_16_bit_copies() -> None:
     kept = copied >= 0
     assert torch.equal(window[copied[kept].long(), :, 0, slots[kept] % 16], rotated[0][kept])
     assert torch.equal(window[copied[kept].long(), :, 1, slots[kept] % 16], rotated[1][kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_store_of_a_prefill_writes_the_bytes_of_the_reference(
+    head_dim: int, pair: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Enough numbers for 32 a lane on up to 150 multiprocessors; tiles, then single rows."""
+    heads, size = 4, 16
+    count = -(-150 * 512 * 16 // (heads * head_dim))
+    num_pages = count // size + 3
+    cache = make(head_dim, pair, num_pages, heads, size)
+    k, v = torch.randn(2, count, heads, head_dim, device=DEVICE).to(dtype)
+    k[5, 1], v[7, 2] = 0, torch.inf
+    for slots in (
+        torch.arange(count, device=DEVICE) + 9,
+        torch.randperm(num_pages * size, device=DEVICE)[:count],
+    ):
+        slots[-3] = -1
+        cache.pages.fill_(POISON)
+        cache.append(k, v, slots)
+        assert same_bytes(stored(cache, k, v, slots), cache.pages)
 
 
 def rotate_value(codec: TurboKVCodec, v: Tensor) -> Tensor:

@@ -209,6 +209,7 @@ inline void BarrierWait(uint32_t barrier, int parity) {
     if (static_cast<int>(BarrierAt(barrier)->phase) == parity) simt::Yield();
   }
 }
+inline void Opaque(float&) {}
 inline bool ElectOne() { return Lane() == 0; }
 inline void WaitForPrimary() {}
 inline void LaunchDependents() {}

@@ -9,12 +9,30 @@
 
 namespace turbokv {
 
-/*! \brief Launch `kernel` on a grid that fills the device at most once, half of it in each of two
- *  rows.
+/*! \brief Launch `kernel`, which from compute capability 9.0 on may overlap the end of the kernel
+ *  before it in the stream: it must call ptx::WaitForPrimary before it reads or writes anything
+ * that others write.
  *
- *  From compute capability 9.0 on the launch may overlap the end of the kernel before it in the
- *  stream: the kernel must call ptx::WaitForPrimary before it reads or writes anything that others
- *  write.
+ *  \param major  Of the device's compute capability.
+ */
+template <typename Params>
+inline cudaError_t LaunchOverlapped(void (*kernel)(Params), const Params& params, dim3 grid,
+                                    int threads, int shared_bytes, int major, cudaStream_t stream) {
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+/*! \brief Launch `kernel` on a grid that fills the device at most once, half of it in each of two
+ *  rows; see LaunchOverlapped.
  *
  *  \param shared_bytes  Dynamic shared memory of a CTA, at most 48 KB.
  *  \param units         Of work in a row; no CTA is started that would have none.
@@ -32,17 +50,8 @@ inline cudaError_t LaunchTwoRows(void (*kernel)(Params), const Params& params, i
   error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t most = (static_cast<int64_t>(multiprocessors) * resident + 1) / 2;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(units < most ? units : most), 2);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  const dim3 grid(static_cast<unsigned>(units < most ? units : most), 2);
+  return LaunchOverlapped(kernel, params, grid, threads, shared_bytes, major, stream);
 }
 
 }  // namespace turbokv

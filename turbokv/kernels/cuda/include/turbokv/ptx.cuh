@@ -302,6 +302,9 @@ __device__ __forceinline__ void AsyncWait() {
 
 // --- words of memory ---
 
+/*! \brief Have the compiler know nothing of `x`. */
+__device__ __forceinline__ void Opaque(float& x) { asm volatile("" : "+f"(x)); }
+
 __device__ __forceinline__ uint32_t LoadShared(uint32_t address) {
   uint32_t x;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));

@@ -15,6 +15,7 @@
 #if defined(__CUDACC__)
 #include "turbokv/launch.cuh"
 #include "turbokv/store/kernel.cuh"
+#include "turbokv/store/small.cuh"
 #endif
 
 namespace turbokv {
@@ -23,16 +24,30 @@ namespace turbokv {
 
 namespace store_detail {
 
-template <class C, typename DTypeIn>
-inline cudaError_t LaunchWith(const store_params_t& params, cudaStream_t stream) {
-  const int64_t units =
-      (static_cast<int64_t>(params.nnz) + 15) / 16 * params.kv.num_kv_heads * C::kUnits;
-  if (units > 1 << 30) return cudaErrorInvalidValue;
-  return LaunchTwoRows(StoreKernel<C, DTypeIn>, params, C::kThreads, sizeof(store_shared_t<C>),
-                       units, stream);
+// Numbers of a role, a multiprocessor, up to which the kernel of small batches is the faster one;
+// on an H200 both take 7.5 us there (docs/kernel-log.md).
+constexpr int64_t kSmallBatch = 6144;
+
+/*! \brief Launch the kernel of small batches. */
+template <int PADDED_DIM, typename DTypeIn>
+inline cudaError_t LaunchSmall(const store_params_t& params, int device, int multiprocessors,
+                               cudaStream_t stream) {
+  using C = small_traits_t<PADDED_DIM>;
+  int major = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error != cudaSuccess) return error;
+  const int heads = params.kv.num_kv_heads, rows = (params.nnz + C::kVectors - 1) / C::kVectors;
+  // few warps meet many multiprocessors; many are fewer CTAs to start
+  const int warps =
+      static_cast<int64_t>(rows) * heads * 2 <= 2 * multiprocessors ? 1 : C::kMaxWarps;
+  const dim3 grid(heads, (rows + warps - 1) / warps, 2);
+  return VisitSmall<C, DTypeIn>(params, warps, [&](auto kernel, const auto& all) {
+    return LaunchOverlapped(kernel, all, grid, warps * 32, 0, major, stream);
+  });
 }
 
-/*! \brief Choose how many coordinates a lane holds, and launch. */
+/*! \brief Choose by the size of the batch, and launch. */
 template <int PADDED_DIM, typename DTypeIn>
 inline cudaError_t Launch(const store_params_t& params, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
@@ -40,16 +55,16 @@ inline cudaError_t Launch(const store_params_t& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  const int64_t lanes = static_cast<int64_t>(params.nnz) * params.kv.num_kv_heads * PADDED_DIM / 16;
-  if constexpr (PADDED_DIM <= 256) {
-    if (lanes < multiprocessors * 64) {
-      return LaunchWith<store_traits_t<PADDED_DIM, 8>, DTypeIn>(params, stream);
-    }
+  const int64_t numbers = static_cast<int64_t>(params.nnz) * params.kv.num_kv_heads * PADDED_DIM;
+  if (numbers < multiprocessors * kSmallBatch) {
+    return LaunchSmall<PADDED_DIM, DTypeIn>(params, device, multiprocessors, stream);
   }
-  if (lanes < multiprocessors * 512) {
-    return LaunchWith<store_traits_t<PADDED_DIM, 16>, DTypeIn>(params, stream);
-  }
-  return LaunchWith<store_traits_t<PADDED_DIM, 32>, DTypeIn>(params, stream);
+  using C = store_traits_t<PADDED_DIM>;
+  const int64_t units =
+      (static_cast<int64_t>(params.nnz) + 15) / 16 * params.kv.num_kv_heads * C::kUnits;
+  if (units > 1 << 30) return cudaErrorInvalidValue;
+  return LaunchTwoRows(StoreKernel<C, DTypeIn>, params, C::kThreads, sizeof(store_shared_t<C>),
+                       units, stream);
 }
 
 /*! \brief Check the arguments, choose the type of the inputs and launch. */

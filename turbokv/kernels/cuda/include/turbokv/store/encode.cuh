@@ -21,7 +21,7 @@ TURBOKV_DEVICE uint32_t CellEntry(const codebook_t& book, int cell) {
     const int index = cell < 254 ? cell >> 1 : 127;
     return __float_as_uint(static_cast<float>(index)) | index;
   }
-  // CellIndex by bisection: few instructions, as a small batch finds none of them cached
+  // CellIndex by bisection
   int index = 0;
 #pragma unroll 1
   for (int step = NumMagnitudes(book) / 2; step > 0; step /= 2) {
@@ -38,22 +38,16 @@ TURBOKV_DEVICE void FillTable(const codebook_t& book, uint32_t* table, int threa
 #pragma unroll 1
   for (int cell = thread; cell < 256; cell += THREADS) {
     const uint32_t entry = CellEntry(book, cell);
-    if constexpr (COLUMNS == 1) {
-      table[cell] = entry;
-      if (cell == 255) table[256] = entry;
-    } else {
-      const uint4 entries = make_uint4(entry, entry, entry, entry);
-      constexpr int kQuads = COLUMNS / 4;
+    const uint4 entries = make_uint4(entry, entry, entry, entry);
+    constexpr int kQuads = COLUMNS / 4;
+    TURBOKV_UNROLL
+    for (int i = 0; i < kQuads; ++i) {
+      // staggered: cells are a whole row of banks apart
+      reinterpret_cast<uint4*>(table)[cell * kQuads + (i + cell) % kQuads] = entries;
+    }
+    if (cell == 255) {
       TURBOKV_UNROLL
-      for (int i = 0; i < kQuads; ++i) {
-        // staggered: cells are a whole row of banks apart
-        reinterpret_cast<uint4*>(table)[cell * kQuads + (i + cell) % kQuads] = entries;
-      }
-      if (cell == 255) {
-        TURBOKV_UNROLL
-        for (int i = 0; i < kQuads; ++i)
-          reinterpret_cast<uint4*>(table)[256 * kQuads + i] = entries;
-      }
+      for (int i = 0; i < kQuads; ++i) reinterpret_cast<uint4*>(table)[256 * kQuads + i] = entries;
     }
   }
 }
@@ -98,15 +92,13 @@ TURBOKV_DEVICE uint32_t NibblesOf(const uint32_t* w, const float* y) {
   return codes ^ (BITS == 3 ? negative & 0x77777777 : negative);
 }
 
-/*! \brief Codes of 2 bits of 16 coordinates, or of eight and once more the same. */
-template <int COUNT>
+/*! \brief Codes of 2 bits of 16 coordinates. */
 TURBOKV_DEVICE uint32_t PairsOf(const uint32_t* w, const float* y) {
-  constexpr int kThird = COUNT == 16 ? 8 : 0, kFourth = COUNT == 16 ? 12 : 4;
   uint32_t codes[4], negative[4];
   TURBOKV_UNROLL
   for (int i = 0; i < 4; ++i) {
-    codes[i] = LowBytes(w[i], w[i + 4], w[i + kThird], w[i + kFourth]);
-    negative[i] = SignBytes(y[i], y[i + 4], y[i + kThird], y[i + kFourth]);
+    codes[i] = LowBytes(w[i], w[i + 4], w[i + 8], w[i + 12]);
+    negative[i] = SignBytes(y[i], y[i + 4], y[i + 8], y[i + 12]);
   }
   const uint32_t word = Select(Select(codes[0], codes[1], 0x33333333),
                                Select(codes[2], codes[3], 0x33333333), 0x0f0f0f0f);
@@ -114,20 +106,14 @@ TURBOKV_DEVICE uint32_t PairsOf(const uint32_t* w, const float* y) {
                        Select(negative[2], negative[3], 0x33333333), 0x0f0f0f0f);
 }
 
-/*! \brief High bits of a lane, in the order of their plane. */
-template <int PER_LANE>
-TURBOKV_DEVICE uint32_t HighBits(const float (&y)[PER_LANE], role_t role) {
+/*! \brief High bits of a lane's 32 coordinates, in the order of their plane. */
+TURBOKV_DEVICE uint32_t HighBits(const float (&y)[32], role_t role) {
   uint32_t negative = 0;
   TURBOKV_UNROLL
-  for (int i = PER_LANE - 1; i >= 0; --i) {
+  for (int i = 31; i >= 0; --i) {
     negative = __funnelshift_l(__float_as_uint(y[i]), negative, 1);
   }
-  if constexpr (PER_LANE > 8) return OrderHighBits(role, ~negative);
-  // a plane orders the bits of 16 coordinates: neighbouring lanes each make one byte of it
-  const uint32_t own = ~negative & 0xff, other = __shfl_xor_sync(~0u, own, 1);
-  const bool odd = threadIdx.x & 1;
-  const uint32_t both = OrderHighBits(role, odd ? other | own << 8 : own | other << 8);
-  return odd ? both >> 8 : both;
+  return OrderHighBits(role, ~negative);
 }
 
 /*! \brief Quantise a lane's coordinates.
@@ -138,7 +124,7 @@ TURBOKV_DEVICE uint32_t HighBits(const float (&y)[PER_LANE], role_t role) {
 template <int BITS, int STRIDE, int PER_LANE>
 TURBOKV_DEVICE void Encode(const float (&y)[PER_LANE], float factor, uint32_t column, role_t role,
                            encoded_t<BITS, PER_LANE>& out) {
-  constexpr int kGroup = BITS == 2 && PER_LANE >= 16 ? 16 : 8;  // coordinates packed at a time
+  constexpr int kGroup = BITS == 2 ? 16 : 8;  // coordinates packed at a time
   float sums[PER_LANE / kGroup];
   out.energy = 0.0f;
   TURBOKV_UNROLL
@@ -163,7 +149,7 @@ TURBOKV_DEVICE void Encode(const float (&y)[PER_LANE], float factor, uint32_t co
         out.base[(first + i) / 4] = Select(0x80808080 - index, 0x80808080 | index, negative);
       }
     } else if constexpr (BITS == 2) {
-      out.base[first / kGroup] = PairsOf<kGroup>(w, z);
+      out.base[first / kGroup] = PairsOf(w, z);
     } else {
       out.base[first / 8] = NibblesOf<BITS>(w, z);
     }

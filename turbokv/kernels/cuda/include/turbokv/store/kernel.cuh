@@ -53,10 +53,9 @@ TURBOKV_DEVICE void TouchRows(const store_params_t& params, role_t role, uint32_
 }
 
 /*! \brief Fill shared memory, and wait for the kernel before: nothing that is read until then
- *  depends on it. (Loops are not unrolled: a small batch runs them once, from uncached code.)
+ *  depends on it.
  *
- *  One warp waits at once instead, and brings the rows of the CTA's first warp: in a small batch no
- *  other has any.
+ *  One warp waits at once instead, and brings the rows of the CTA's first warp.
  */
 template <class C, typename DTypeIn>
 TURBOKV_DEVICE void Prepare(const store_params_t& params, role_t role, const units_t<C>& units,
@@ -117,7 +116,7 @@ TURBOKV_DEVICE void Compress(store_worker_t<C, DTypeIn>& worker, const heads_t& 
 #pragma unroll 1
     for (int head = heads.begin; head < heads.end; ++head) {
       worker.Vector(place, head, whole, 0);
-      if (C::kDefer && worker.turn == C::kLanes) worker.WriteScales();
+      if (worker.turn == C::kLanes) worker.WriteScales();
       worker.Advance(place);
     }
   } else {
@@ -128,7 +127,7 @@ TURBOKV_DEVICE void Compress(store_worker_t<C, DTypeIn>& worker, const heads_t& 
       const vector_place_t<DTypeIn> place = worker.Locate(row, head);
       if (!__any_sync(~0u, place.row >= 0)) continue;
       worker.Vector(place, head, whole, round);
-      if (C::kDefer && worker.turn == C::kLanes) worker.WriteScales();
+      if (worker.turn == C::kLanes) worker.WriteScales();
     }
   }
 }
@@ -155,29 +154,14 @@ TURBOKV_DEVICE heads_t NextOwn(uint32_t num_heads, uint32_t& unit, uint32_t end)
   return heads;
 }
 
-/*! \brief The rows of 16 that exist. */
-TURBOKV_DEVICE uint32_t RowMask(uint32_t nnz, uint32_t first_row) {
-  return nnz - first_row < 16 ? (1u << (nnz - first_row)) - 1 : 0xffffu;
-}
-
-/*! \brief All units of a warp, every row by itself. */
-template <class C, typename DTypeIn>
-TURBOKV_DEVICE void WorkByRows(store_worker_t<C, DTypeIn>& worker, uint32_t unit, uint32_t end) {
-  while (unit < end) {
-    const heads_t heads = NextOwn(worker.params.kv.num_kv_heads, unit, end);
-    const rows_t rows = {-1, RowMask(worker.params.nnz, heads.rows_unit / C::kUnits * 16)};
-    Compress(worker, heads, rows, false);
-  }
-}
-
 /*! \brief All units of a warp, then its share of what the CTA left for its end.
  *
  *  A unit in whose rows a whole tile and single ones meet is double work. Left to one warp, all
  *  would wait for it: its single rows are done last, by all warps of the CTA.
  */
 template <class C, typename DTypeIn>
-TURBOKV_DEVICE void WorkByTiles(store_worker_t<C, DTypeIn>& worker, uint32_t unit, uint32_t end,
-                                store_shared_t<C>& shared) {
+TURBOKV_DEVICE void Work(store_worker_t<C, DTypeIn>& worker, uint32_t unit, uint32_t end,
+                         store_shared_t<C>& shared) {
   const store_params_t& params = worker.params;
   // the queued heads that are this warp's
   uint32_t turn = threadIdx.x / 32, item = 0;
@@ -211,32 +195,27 @@ TURBOKV_DEVICE void WorkByTiles(store_worker_t<C, DTypeIn>& worker, uint32_t uni
       Compress(worker, heads, rows, whole);
     }
   }
-  if (C::kDefer && worker.turn > 0) worker.WriteScales();
+  if (worker.turn > 0) worker.WriteScales();
 }
 
 /*! \brief One row of the grid compresses K, the other V.
  *
- *  A warp takes units of kTokens rows of 16 and one head. kLanes = PADDED_DIM / PER_LANE
- * neighbouring lanes hold a vector, PER_LANE consecutive coordinates each: that many stages of the
- * transform stay in registers, and a lane's codes are whole words, or half of one at 8. K's words
- * go straight to their place. Four tokens of V share words, so units of a tile that is written as a
- * whole interleave their tokens in shared memory; other tokens write their bytes one by one.
+ *  A warp takes units of kTokens rows of 16 and one head. kLanes neighbouring lanes hold a vector,
+ * kPerLane consecutive coordinates each: that many stages of the transform stay in registers, and a
+ * lane's codes are whole words. K's words go straight to their place. Four tokens of V share words,
+ * so units of a tile that is written as a whole interleave their tokens in shared memory; other
+ * tokens write their bytes one by one.
  */
 template <class C, typename DTypeIn>
 __global__ void __launch_bounds__(C::kThreads, C::kCtas)
     StoreKernel(const __grid_constant__ store_params_t params) {
   store_shared_t<C>& shared = *reinterpret_cast<store_shared_t<C>*>(ptx::DynamicShared());
-  TouchConstants(params);
   const role_t role = blockIdx.y == 0 ? role_t::kKey : role_t::kValue;
   const units_t<C> units(params);
   Prepare<C, DTypeIn>(params, role, units, shared);
   store_worker_t<C, DTypeIn> worker(params, role, shared);
   const uint32_t warp = threadIdx.x / 32;
-  if constexpr (C::kSingle) {
-    WorkByRows(worker, units.Begin(warp), units.End(warp));
-  } else {
-    WorkByTiles(worker, units.Begin(warp), units.End(warp), shared);
-  }
+  Work(worker, units.Begin(warp), units.End(warp), shared);
 }
 
 }  // namespace store_detail

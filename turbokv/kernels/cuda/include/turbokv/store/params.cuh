@@ -28,6 +28,22 @@ struct store_params_t {
   dtype_t rotated_dtype;  // kFloat16 or kBFloat16
 };
 
+namespace store_detail {
+
+/*! \brief Whether COUNT neighbouring elements of the inputs can be loaded at once, and vectors end
+ *  where such pieces do.
+ */
+template <typename DTypeIn, int COUNT>
+inline bool HasAlignedPieces(const store_params_t& params) {
+  const int64_t numbers = params.k_token_stride | params.k_head_stride | params.v_token_stride |
+                          params.v_head_stride | params.kv.head_dim;
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(params.k) | reinterpret_cast<uintptr_t>(params.v);
+  return addresses % (COUNT * sizeof(DTypeIn)) == 0 && numbers % COUNT == 0;
+}
+
+}  // namespace store_detail
+
 }  // namespace turbokv
 
 #endif  // TURBOKV_STORE_PARAMS_CUH_

@@ -23,21 +23,7 @@ template <class C, int BITS>
 TURBOKV_DEVICE void WriteKey(uint8_t* tile, const tile_layout_t& layout, int token, int part,
                              const encoded_t<BITS, C::kPerLane>& encoded) {
   constexpr int kPerLane = C::kPerLane, kDim = C::kPaddedDim;
-  if constexpr (BITS == 3 && kPerLane == 8) {
-    // a unit is two lanes': the first writes two half-words, the second the third
-    const uint32_t other = __shfl_xor_sync(~0u, encoded.base[0], 1);
-    const bool odd = part & 1;
-    uint32_t first_two, third;
-    ThreeBitKey(odd ? other : encoded.base[0], odd ? encoded.base[0] : other, first_two, third);
-    if (token < 0) return;
-    uint8_t* const to = tile + layout.k_base;
-    TURBOKV_UNROLL
-    for (int k = 0; k < 3; ++k) {
-      if (odd != (k == 2)) continue;
-      *reinterpret_cast<uint16_t*>(to + KeyHalfOffset(kDim, token, part >> 1, k)) =
-          static_cast<uint16_t>(k == 2 ? third : first_two >> (16 * k));
-    }
-  } else if constexpr (BITS == 3) {
+  if constexpr (BITS == 3) {
     if (token < 0) return;
     uint8_t* const to = tile + layout.k_base;
     TURBOKV_UNROLL
@@ -104,7 +90,7 @@ TURBOKV_DEVICE void StageValue(uint8_t* staging, int index, int part,
 template <class C, int BITS, int WIDTH, int RUN>
 TURBOKV_DEVICE void ScatterValue(const uint8_t* rows, uint8_t* plane, int token, int lane) {
   constexpr int kBytes = C::kPaddedDim * WIDTH / 8;
-#pragma unroll(C::kSingle ? 1 : 2)
+#pragma unroll 2
   for (int v = 0; v < C::kVectors; ++v) {
     const int of = __shfl_sync(~0u, token, v * C::kLanes);
     const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(plane), v * C::kLanes);
@@ -206,7 +192,7 @@ TURBOKV_DEVICE void WriteValue(const uint8_t* staging, uint8_t* tile, const tile
   if (!whole) {
     ScatterValue<C, BITS, kWidth, kRun>(staging, base_plane, token, lane);
     if constexpr (kHigh) ScatterValue<C, BITS, 1, kHighRun>(high, high_plane, token, lane);
-  } else if constexpr (!C::kSingle) {
+  } else {
     if (!last) return;
     const int first_group = __shfl_sync(~0u, token >> 1 & 3, 0);
     InterleaveValue<C, BITS, kWidth, kRun>(staging, base_plane, first_group, lane);

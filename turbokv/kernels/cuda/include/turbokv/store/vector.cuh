@@ -103,6 +103,19 @@ TURBOKV_DEVICE void Rotate(const float* signs, int lane, float (&y)[PER_LANE]) {
   HadamardAcrossLanes<PER_LANE, LANES>(y, lane);
 }
 
+/*! \brief Two numbers in 16 bits. */
+TURBOKV_DEVICE uint32_t Narrow(dtype_t dtype, float a, float b) {
+  uint32_t word;
+  if (dtype == dtype_t::kFloat16) {
+    const __half2 pair = __floats2half2_rn(a, b);
+    memcpy(&word, &pair, 4);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    memcpy(&word, &pair, 4);
+  }
+  return word;
+}
+
 /*! \brief Write a lane's coordinates times `factor` in 16 bits, 16-byte aligned. */
 template <int PER_LANE>
 TURBOKV_DEVICE void StoreRotated(uint16_t* out, dtype_t dtype, const float (&y)[PER_LANE],
@@ -112,14 +125,7 @@ TURBOKV_DEVICE void StoreRotated(uint16_t* out, dtype_t dtype, const float (&y)[
     uint32_t words[4];
     TURBOKV_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float a = Mul(y[first + 2 * i], factor), b = Mul(y[first + 2 * i + 1], factor);
-      if (dtype == dtype_t::kFloat16) {
-        const __half2 pair = __floats2half2_rn(a, b);
-        memcpy(&words[i], &pair, 4);
-      } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-        memcpy(&words[i], &pair, 4);
-      }
+      words[i] = Narrow(dtype, Mul(y[first + 2 * i], factor), Mul(y[first + 2 * i + 1], factor));
     }
     *reinterpret_cast<uint4*>(out + first) = make_uint4(words[0], words[1], words[2], words[3]);
   }

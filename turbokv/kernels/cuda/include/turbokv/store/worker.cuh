@@ -52,7 +52,7 @@ struct store_worker_t {
   const uint32_t column;     // see Encode
   const int lane;            // of the warp
   const bool wide, wide_offset;
-  // With kDefer: every lane of a vector has its sums, so each keeps another vector's.
+  // Every lane of a vector has its sums, so each keeps another vector's until all divide at once.
   pending_t pending;
   int turn;
 
@@ -218,13 +218,11 @@ struct store_worker_t {
     // the compiler would compute all offsets that depend on it once for all heads, and spill them
     asm volatile("" : "+r"(token));
     const tile_layout_t layout = Layout();
-    const bool own = C::kDefer ? turn == Part() : Part() == 0;
-    if (own) {
+    if (turn == Part()) {
       pending = {x.squares, root, product, energy, nullptr, x.uncentred ? 0x8000u : 0u};
       if (token >= 0) {
         pending.to = reinterpret_cast<uint16_t*>(place.tile + ScaleOffset(layout, role, token));
       }
-      if (!C::kDefer) WriteScales();
     }
     ++turn;
     if (IsKey()) {
