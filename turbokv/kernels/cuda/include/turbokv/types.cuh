@@ -189,24 +189,6 @@ TURBOKV_HOST_DEVICE void StoreElement(void* data, int64_t i, dtype_t dtype, floa
   }
 }
 
-#if defined(__CUDACC__)
-
-/*! \brief Have all of a kernel's parameters brought to the constant caches at once.
- *
- *  Short kernels would otherwise wait for one line of them after the other.
- */
-template <typename Params>
-TURBOKV_DEVICE void TouchConstants(const Params& params) {
-  constexpr unsigned kLineWords = 16, kLines = (sizeof(Params) / 4 + kLineWords - 1) / kLineWords;
-  const unsigned line = threadIdx.x / 4;  // a few per warp: one instruction takes them in turn
-  if (line < kLines) {
-    const uint32_t word = reinterpret_cast<const uint32_t*>(&params)[line * kLineWords];
-    asm volatile("" ::"r"(word));
-  }
-}
-
-#endif  // __CUDACC__
-
 }  // namespace turbokv
 
 #endif  // TURBOKV_TYPES_CUH_

@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(kWarps * 32, PADDED_DIM <= 128   ? 4
                                                                    : 2)
     DecompressPagesKernel(const __grid_constant__ decompress_params_t params) {
   __shared__ uint4 negate[ROTATED ? 1 : PADDED_DIM / 8];
-  TouchConstants(params);
   if (blockIdx.y == 0) {
     RunRole<PADDED_DIM, ROTATED, role_t::kKey>(params, negate);
   } else {
