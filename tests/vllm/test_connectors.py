@@ -115,6 +115,22 @@ def test_an_unknown_child_is_refused() -> None:
     assert children[0]["kv_connector_module_path"] == connectors.__name__
 
 
+@pytest.mark.parametrize("is_child", [False, True])
+def test_tiers_that_do_not_hold_the_identity_are_refused(is_child: bool) -> None:
+    known = {"secondary_tiers": [{"type": "fs", "root_dir": "/pages"}, {"type": "p2p"}]}
+    other = {"secondary_tiers": [{"type": "fs"}, {"type": "kvcr"}]}
+    for extra in (known, other):
+        found = config(connector="MultiConnector" if is_child else "OffloadingConnector")
+        child = {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
+        settings = {"connectors": [child]} if is_child else extra
+        found.kv_transfer_config.kv_connector_extra_config = settings
+        if extra is known:
+            connectors.choose_module(found)
+        else:
+            with pytest.raises(ValueError, match=r"secondary_tiers: wanted .*, got kvcr"):
+                connectors.choose_module(found)
+
+
 @pytest.mark.parametrize("promises", [True, False])
 def test_a_users_own_connector_has_to_promise(
     promises: bool, monkeypatch: pytest.MonkeyPatch
@@ -244,10 +260,24 @@ def test_unequal_identities_do_not_find_each_others_files(tmp_path: Path) -> Non
     assert all(Path(folder).is_relative_to(tmp_path) for folder in found)
 
 
+def test_peers_of_the_offloading_connector_are_greeted_by_the_identity() -> None:
+    """What its tier p2p refuses in a handshake is made of what names files."""
+    pytest.importorskip("vllm")
+    pytest.importorskip("vllm.v1.kv_offload.tiering.p2p.manager")  # 0.30 and newer, with zmq
+    from vllm.v1.kv_offload.tiering.p2p import manager
+
+    source = Path(manager.__file__).read_text()
+    assert "config_fields = FileMapper.from_offloading_spec(" in source
+    assert "config_fields=config_fields" in source
+
+
 def test_files_of_the_offloading_connector_are_named_by_the_identity() -> None:
     pytest.importorskip("vllm")
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading import config as offloading
     from vllm.v1.kv_offload.file_mapper import FileMapper
 
+    # what vLLM itself takes for the dtype of what it stores
+    assert "vllm_config.cache_config.cache_dtype" in Path(offloading.__file__).read_text()
     paths = set()
     for made in (config(), config("tq_k4v3")):
         dtype = connectors.named_config(made).cache_config.cache_dtype

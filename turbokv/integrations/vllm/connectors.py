@@ -43,6 +43,9 @@ CONNECTORS = (
     "OffloadingConnector",
     "SimpleCPUOffloadConnector",
 )
+# Of the offloading connector's further tiers, those that name storage, or greet peers, by the cache
+# dtype. A router of the KVCR tier is told a digest by the user, other tiers are the user's own.
+TIERS = ("example", "fs", "obj", "p2p")
 # Worker methods after which pages in the prefix cache are of other weights.
 _RELOADS = ("reload_weights", "finish_weight_update")
 _OWN = "turbokv_page_identity"
@@ -119,10 +122,22 @@ def choose_module(vllm_config: Any) -> None:
     transfer.kv_connector_module_path = _module_of(
         transfer.kv_connector, transfer.kv_connector_module_path
     )
+    _check_tiers(transfer.kv_connector_extra_config)
     for child in transfer.kv_connector_extra_config.get("connectors", ()):
+        _check_tiers(child.get("kv_connector_extra_config") or {})
         child["kv_connector_module_path"] = _module_of(
             child.get("kv_connector"), child.get("kv_connector_module_path")
         )
+
+
+def _check_tiers(extra_config: Any) -> None:
+    for tier in extra_config.get("secondary_tiers", ()):
+        kind = tier.get("type")
+        if kind not in TIERS:
+            raise ValueError(
+                f"secondary_tiers: wanted some of {', '.join(TIERS)}, whose keys hold the identity"
+                f" of compressed pages, got {kind}"
+            )
 
 
 def _module_of(name: str | None, module: str | None) -> str:
