@@ -96,3 +96,12 @@ def test_a_query(shape: str, bad: str) -> None:
         asked = trial(shape, lens=(90, 30), q_lens=(2, 1), bad_query=bad, **changes)
         for rotated in (False, True):
             assert not Checker("cpu").check(replace(asked, rotated_query=rotated)), asked
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_query_that_sees_no_token(shape: str, bad: str) -> None:
+    """Its output is zero and its LSE the sink's, whatever it is."""
+    for changes in ({}, {"sinks": "usual"}, {"centred": True, "kept": 1.0}):
+        asked = trial(shape, lens=(0, 0, 0), q_lens=(1, 1, 1), bad_query=bad, **changes)
+        assert not Checker("cpu").check(asked), asked

@@ -111,10 +111,15 @@ __device__ __forceinline__ void RotateQuery(const decode_params_t& p, const item
     if (lane == 0) {
       // columns without a row see what the last row sees, so that they never call for masking
       const int position = own_position + min(row, r.rows - 1) / group;
-      columns.see_begin[c] = p.window_left >= 0 ? position - p.window_left : 0;
-      columns.see_end[c] = p.causal ? min(position + 1, r.length) : r.length;
+      const int see_begin = p.window_left >= 0 ? position - p.window_left : 0;
+      const int see_end = p.causal ? min(position + 1, r.length) : r.length;
+      columns.see_begin[c] = see_begin;
+      columns.see_end[c] = see_end;
       columns.query_sum[c] = sum;
-      columns.query_scale[c] = largest / kTop * p.sm_scale * kLog2E * k_unit;
+      // Of a row that sees no token nothing shows, not even NaN: hidden scores, minus infinity,
+      // have to stay that in powers of two.
+      const bool sees = see_end > max(see_begin, 0);
+      columns.query_scale[c] = sees ? largest / kTop * p.sm_scale * kLog2E * k_unit : 1.f;
       columns.offset_gain[c] = inverse / k_unit;
     }
   }
