@@ -78,7 +78,7 @@ def _wants(settings: dict, name: str, find, require) -> bool:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """Return what building needs besides setuptools: PyTorch, if there will be kernels."""
+    """Return what building needs in addition to setuptools: PyTorch, if there will be kernels."""
     needs = build_meta.get_requires_for_build_wheel(None)
     cuda = _load_compiler(CUDA)
     if _wants(config_settings or {}, "cuda", cuda.find_nvcc, cuda.require_nvcc):

@@ -2,7 +2,7 @@
 """FlashInfer's kernels as rivals in ``bench_kernels.py``, called as vLLM 0.33 calls them.
 
 On a Hopper GPU vLLM serves 16-bit and float8 caches by XQA, and 4-bit caches (NVFP4: 16 codes and
-a float8 scale, 4.5 bits a number) by the prefill template FA2, which serves the other types too
+a float8 scale, 4.5 bits per number) by the prefill template FA2, which serves the other types too
 where it is asked for. Modules are compiled, or found compiled, in the background.
 """
 

@@ -160,7 +160,7 @@ class Contender:
     build
         Returns a launch for each of so many disjoint sets.
     extra_bytes
-        Bytes that a launch moves besides codes, and vectors stored or decompressed.
+        Bytes that a launch moves in addition to codes, and vectors stored or decompressed.
     """
 
     name: str
@@ -219,7 +219,7 @@ def rotation(size: int, device: torch.device) -> tuple[int, int]:
 
 
 def spare_pages(page_bytes: int, device: torch.device) -> int:
-    """Return the pages that rotation needs besides those of a launch."""
+    """Return the pages that rotation needs in addition to those of a launch."""
     return -(-_ROTATION * l2_bytes(device) // page_bytes)
 
 

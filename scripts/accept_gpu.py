@@ -95,7 +95,7 @@ STEPS = {
     "bench-pages16": Step(f"{_DECODE} {_CELLS} --json {{out}}/decode16.json", 0, True),
     "bench-shapes": Step(
         f"{_DECODE} --shapes 24/4x256,16/2x64,64/8x128 --cells 16x32K,64x32K --page-size 64"
-        " --presets K4V4,K2V2 --json {out}/shapes.json",
+        " --presets tq4,tq2 --json {out}/shapes.json",
         0,
         True,
     ),

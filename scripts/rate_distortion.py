@@ -4,7 +4,7 @@
 
 Errors are mean squared errors relative to unit variance, of keys (unbiased scale) and values
 (least-squares scale), beside the error of the codebook alone; cosine is the mean over keys. Bytes
-are those of one vector, its 16-bit scale included; the ratio is against 16 bits a number. 96 is
+are those of one vector, its 16-bit scale included; the ratio is against 16 bits per number. 96 is
 padded to 128: a third more bytes, and a quarter less error.
 """
 

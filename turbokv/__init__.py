@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TurboKV: KV caches of LLM servers at 2 to 5 bits a number, attended without decompressing."""
+"""TurboKV: KV caches of LLM servers at 2 to 5 bits per number, attended without decompressing."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ values: constant memory, no sampling. :meth:`OnlineCalibrator.codebook` runs Llo
 and restricts the result to an int8 lattice, so calibrated codebooks run in the same kernels.
 
 A calibrated codebook lowers the squared error of its layer and may still raise the divergence of
-the model: keep it only if ``turbokv eval`` says so.
+the model: keep it only if ``turbokv eval`` confirms it.
 
 Source: Lloyd (1982); TurboQuant, arXiv:2504.19874, section 3, for the rotated coordinates.
 """

@@ -15,7 +15,7 @@ from turbokv.files import check_writable
 from turbokv.presets import PRESETS, preset_name
 
 app = typer.Typer(
-    help="KV caches of language models at 2 to 5 bits a number.",
+    help="KV caches of language models at 2 to 5 bits per number.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,13 +37,13 @@ def root(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
-    """KV caches of language models at 2 to 5 bits a number."""
+    """KV caches of language models at 2 to 5 bits per number."""
 
 
 @app.command()
 def demo(
     model: common.ModelOption = None,
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits a number, K and V.")] = 4,
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Bits per number, K and V.")] = 4,
     k_bits: Annotated[int | None, typer.Option(min=2, max=8, help="Bits of K.")] = None,
     v_bits: Annotated[int | None, typer.Option(min=2, max=8, help="Bits of V.")] = None,
     window: common.WindowOption = 128,

@@ -75,7 +75,7 @@ def vllm_tokens(
     compressed
         Whether pages are ours: blocks of 64 tokens, rounded to divide, states packed.
     max_num_batched_tokens
-        Tokens of a step; layers with a window keep those of two steps besides.
+        Tokens of a step; layers with a window also keep those of two steps.
     """
     states = [kind for kind in kinds if kind.kind == "state"]
     attention = [kind for kind in kinds if kind.kind != "state"]

@@ -104,7 +104,7 @@ def flat_to_planes(packed: Tensor, role: core.Role, bits: int) -> tuple[Tensor, 
     -------
     tuple of Tensor
         Base and high plane, uint8, ``padded_dim * base_bits(bits) / 8`` and ``padded_dim / 8``
-        bytes a vector; only with 5 bits has the high plane any.
+        bytes per vector; only with 5 bits has the high plane any.
     """
     if bits in (2, 8):
         return packed, packed[..., :0]

@@ -38,7 +38,7 @@ def compute_page_metadata(
         are not read. Rows may be further apart than they are wide; a narrower view of a wide table
         bounds ``kv_indices``.
     page_size
-        Tokens a page, at least 1.
+        Tokens per page, at least 1.
     kv_indptr
         Output ``[batch_size + 1]``: request ``i`` owns ``kv_indices[kv_indptr[i]:kv_indptr[i +
         1]]``.

@@ -273,7 +273,7 @@ def _notes(
     if kinds & {"sliding", "linear"}:
         yield (
             "in vLLM: layers with a window keep the tokens of two steps of"
-            f" {BATCH_TOKENS:,} besides, linear ones two states; TurboKV compresses windows, too"
+            f" {BATCH_TOKENS:,} as well, linear ones two states; TurboKV compresses windows, too"
         )
     if "linear" in kinds:
         yield "linear-attention layers hold a constant state per sequence, not compressed"
@@ -438,7 +438,7 @@ def plan(
     -------
     Plan
         A row each for bf16, fp8 and every preset; presets are left out where no layer can be
-        compressed. If nothing is left for a cache, the rows hold zero tokens and a note says so.
+        compressed. If nothing is left for a cache, the rows hold zero tokens and a note tells why.
 
     Raises
     ------

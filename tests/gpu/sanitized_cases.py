@@ -17,7 +17,7 @@ DECODE = (
     Case(head_dim=64, k_bits=2, v_bits=2, group_size=8, kept=0.2, page_size=64, lens=(900, 40)),
     Case(k_bits=3, v_bits=3, lens=(500, 70), q_lens=(3, 1)),
     Case(k_bits=5, v_bits=3, head_dim=256, lens=(400, 17), logits_soft_cap=20.0, sinks=True),
-    Case(lens=MANY, num_kv_heads=8, kept=0.2),  # four CTAs a multiprocessor
+    Case(lens=MANY, num_kv_heads=8, kept=0.2),  # four CTAs per multiprocessor
     Case(lens=MANY[:31], num_kv_heads=8, centred=True, page_size=64),  # two
     Case(body="cp_async", lens=(300, 40), indptr=True, page_size=48),
 )

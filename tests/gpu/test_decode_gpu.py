@@ -198,7 +198,7 @@ def test_values_of_zero_below_scores_out_of_reach() -> None:
 def test_many_items_share_multiprocessors(
     pair: tuple[int, int], group_size: int, requests: int
 ) -> None:
-    """Enough items for two and for four CTAs a multiprocessor, of equal lengths and of others."""
+    """Enough items for two and for four CTAs per multiprocessor, of equal lengths and of others."""
     features: dict[str, Any] = dict(
         k_bits=pair[0], v_bits=pair[1], group_size=group_size, num_kv_heads=8
     )

@@ -41,7 +41,7 @@ def random_ids() -> Tensor:
 
 
 def divergence(model: Any, config: Any, make: Callable[[], TurboKVCache]) -> float:
-    """KL a token from the uncompressed cache, once tokens are compressed."""
+    """KL per token from the uncompressed cache, once tokens are compressed."""
     full = log_probabilities(model, random_ids(), DynamicCache(config=config))
     cache = make()
     ours = log_probabilities(model, random_ids(), cache)

@@ -120,7 +120,7 @@ def test_eval_table_for_people(command: CliRunner, passages: int) -> None:
         ["eval", *options, "--presets", "k4v4+w96+s2", "--rivals", "fp8,int4_per_token_head"],
     )
     assert out.exit_code == 0, out.output
-    assert "k4v4+w96+s2" in out.stdout and f"{passages} x 128 tokens" in out.stdout
+    assert "tq4+w96+s2" in out.stdout and f"{passages} x 128 tokens" in out.stdout
     assert "…" not in out.stdout  # 80 columns hold every figure
     # KL and both ratios of three caches, and the line that explains the sign
     assert out.stdout.count("±") == (10 if passages == 2 else 0)
@@ -137,7 +137,7 @@ def test_preset_names_are_read() -> None:
     assert (full.window, full.sinks) == (64, 8)
 
 
-@pytest.mark.parametrize("name", ["k4", "k9v4", "k4v4+wide", "k4v4 +w", "tq4", "k4v4+"])
+@pytest.mark.parametrize("name", ["k4", "k9v4", "k4v4+wide", "k4v4 +w", "tq9", "k4v4+"])
 def test_bad_preset_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="preset: wanted"):
         evaluate.Preset.parse(name)

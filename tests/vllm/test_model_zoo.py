@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures of the zoo: served as a 16-bit cache serves them, or refused with a sentence.
+"""Architectures of the zoo: served as a 16-bit cache serves them, or refused with a reason.
 
 ``scripts/model_zoo.py`` serves more of them and writes what came out into ``docs/model-zoo.md``.
 """

@@ -45,7 +45,7 @@ def append_paged_turbokv_cache(
         int32: the pages of request ``b`` are ``kv_indices[kv_indptr[b]:kv_indptr[b + 1]]``; they
         have room for the new tokens.
     page_size
-        Tokens a page, a multiple of 16.
+        Tokens per page, a multiple of 16.
     k_format, v_format
         What fixes the bytes (:meth:`TurboKVCodec.vector_format`).
     k_offset
@@ -66,8 +66,8 @@ def append_paged_turbokv_cache(
 
     Notes
     -----
-    Allocates the slots, 8 bytes a token, and mapped keys, and does not synchronise; may be captured
-    in a CUDA graph after a first call. Values of index tensors are not checked.
+    Allocates the slots, 8 bytes per token, and mapped keys, and does not synchronise. May be
+    captured in a CUDA graph after a first call. Values of index tensors are not checked.
     """
     checks.page_size(page_size)
     checks.tensor(append_key, "append_key", checks.FLOATS, (None, None, None))

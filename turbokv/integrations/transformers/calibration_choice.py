@@ -25,7 +25,7 @@ _AUTO: WeakKeyDictionary[Any, Calibration] = WeakKeyDictionary()
 def auto_calibration(model: Any) -> Calibration:
     """Return the offsets that a cache takes by default: from 1024 random token ids.
 
-    The means hold the bias of keys, where a model has one, and what its keys share besides. Runs
+    The means hold the bias of keys, where a model has one, and what else its keys share. Runs
     the model once (some seconds on a CPU, if it is small); later calls return the same object as
     long as the model lives and keeps its input embedding.
     """

@@ -39,7 +39,7 @@ class SimulatedLayer(DynamicLayer):  # type: ignore[misc]
 
     With ``window`` and ``sinks`` it is treated as
     :class:`turbokv.integrations.transformers.layers.TurboKVLayer` treats our own codes: the newest
-    and the first tokens are held in 16 bits besides.
+    and the first tokens are also held in 16 bits.
     """
 
     def __init__(self, baseline: Baseline, window: int = 0, sinks: int = 0) -> None:
@@ -114,7 +114,7 @@ class Divergence:
     Attributes
     ----------
     kl
-        KL(full || cache), nats a token.
+        KL(full || cache), nats per token.
     one_minus_tv
         1 - total variation distance.
     top1

@@ -123,7 +123,7 @@ def check_plot(path: str | pathlib.Path) -> None:
 
 
 def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> None:
-    """Draw KL against bits a number (log scale) as a PNG; needs matplotlib."""
+    """Draw KL against bits per number (log scale) as a PNG; needs matplotlib."""
     check_plot(path)
     import matplotlib
 
@@ -154,7 +154,7 @@ def plot_quality(rows: Sequence[Row], path: str | pathlib.Path, title: str) -> N
             )
     axes.set_yscale("log")
     axes.set_xlabel("stored bits per number (codes and scales)")
-    axes.set_ylabel("KL to full precision, nats a token")
+    axes.set_ylabel("KL to full precision, nats per token")
     axes.set_title(title, fontsize=9, wrap=True)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize=8)

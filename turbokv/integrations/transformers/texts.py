@@ -107,7 +107,7 @@ class Sample:
     held_out
         int64 ``[1, calibration_tokens]`` from the end of the text, disjoint from every passage.
     bos
-        What each passage begins with besides its text, or None.
+        What each passage begins with before its text, or None.
     """
 
     ids: Tensor

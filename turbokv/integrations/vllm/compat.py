@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between the versions of vLLM: 0.26.0 with our patch, and 0.28 to 0.33 as they are.
 
-Asked for is what a vLLM has, never its version.
+We look for what a vLLM has, never at its version.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def own_layer(impl: Any, vllm_config: Any) -> tuple[str, Any]:
 
 def makes_drafter() -> bool:
     """Whether vLLM says that the model it is making now drafts for another."""
-    # whoever says so has imported the module, which needs all of vLLM's native operators
+    # whoever set this has imported the module, which needs all of vLLM's native operators
     backends = sys.modules.get("vllm.compilation.backends")
     return getattr(backends, "model_tag", None) in ("draft_model", "eagle_head")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of vLLM's ``--kv-cache-dtype`` that are ours, and the bytes a token takes under each.
+"""The values of vLLM's ``--kv-cache-dtype`` that are ours, and what a token takes under each.
 
 Names say the widths of keys and values. This module imports nothing of vLLM: vLLM imports it while
 its own configuration is still being defined.

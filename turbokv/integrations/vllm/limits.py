@@ -14,7 +14,7 @@ from typing import Any
 # that they take is not measured yet (scripts/bench_verify.py).
 MAX_DRAFT_TOKENS = 15
 # Queries of one request that decode attends with in one call; longer rows are prefill. A draft
-# model reads the sampled token and the drafts of a step, and one token besides.
+# model reads the sampled token and the drafts of a step, and one more token.
 MAX_DECODE_QUERIES = MAX_DRAFT_TOKENS + 2
 # Queries of a row where prefill is cut into rows for decode.
 SLICE_QUERIES = 8
@@ -23,7 +23,7 @@ SLICE_QUERIES = 8
 def extra_draft_tokens(config: Any) -> int:
     """Return how many tokens a drafter's first pass adds to every row of the step before it.
 
-    A draft model of its own reads the sampled token besides; a drafter that is fed hidden states
+    A draft model of its own also reads the sampled token; a drafter that is fed hidden states
     (EAGLE, MTP) has it in the place of the row's first. In parallel it drafts in the same pass.
     """
     speculative = config.speculative_config
@@ -44,7 +44,7 @@ def max_step_tokens(config: Any) -> int:
 def max_decode_queries(config: Any) -> int:
     """Return the most queries of one request in a step of pure decoding, a drafter's included.
 
-    One, the drafts, and what a drafter reads besides; where it drafts in parallel vLLM takes rows
+    One, the drafts, and what else a drafter reads; where it drafts in parallel vLLM takes rows
     of one and twice the drafts for decodes.
     """
     speculative = config.speculative_config

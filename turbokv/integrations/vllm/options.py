@@ -31,7 +31,7 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What can be chosen besides the cache dtype.
+    """What can be chosen in addition to the cache dtype.
 
     Attributes
     ----------
@@ -112,7 +112,7 @@ class Options:
 
     @property
     def keeps_window(self) -> bool:
-        """Whether any token is kept in 16 bits besides."""
+        """Whether any token also has a 16-bit copy."""
         return self.window + self.sinks > 0 and self.window_pool_fraction > 0
 
     @classmethod

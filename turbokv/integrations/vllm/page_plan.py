@@ -78,8 +78,8 @@ def choose_slots(vllm_config: Any) -> None:
         if size != kind.head_bytes:
             _slots[dtype, heads, dim] = size
             logger.info(
-                "TurboKV: tokens of layers with %d heads of %d take %d bytes a head for %d, so that"
-                " pages divide.",
+                "TurboKV: tokens of layers with %d heads of %d take %d bytes per head, not"
+                " %d, so that pages divide.",
                 heads,
                 dim,
                 size,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens at start-up, in order: checks, each with a sentence, then changes of vLLM's config.
+"""What happens at start-up, in order: checks with their reasons, then changes of vLLM's config.
 
 Everything that would otherwise fail in the middle of serving, or answer wrongly, belongs here.
 """
@@ -181,7 +181,7 @@ def _calibration(config: Any, options: Options) -> Iterator[str]:
 
 
 def _skip_layers(config: Any, options: Options) -> None:
-    """Leave the option's layers in 16 bits, besides those that vLLM was told of."""
+    """Leave the option's layers in 16 bits, and those that vLLM was told of."""
     skipped = dict.fromkeys([*(config.cache_config.kv_cache_dtype_skip_layers or ())])
     skipped.update(dict.fromkeys(options.skip_layers))
     if skipped:

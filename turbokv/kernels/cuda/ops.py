@@ -246,7 +246,7 @@ def store(
     k_format, v_format
         What fixes the bytes (:meth:`TurboKVCodec.vector_format`); scales in float16.
     page_size
-        Tokens a page, a multiple of 16.
+        Tokens per page, a multiple of 16.
     positions
         int64, ``nnz`` or more: logical positions; needed with ``k_offset``.
     k_offset
@@ -348,7 +348,7 @@ def decompress(
     k_format, v_format
         What fixes the bytes (:meth:`TurboKVCodec.vector_format`); scales in float16.
     page_size
-        Tokens a page, a multiple of 16.
+        Tokens per page, a multiple of 16.
     kv_indices
         int32, the pages of each request in order: a table ``[batch_size, max_pages]``, rows any
         distance apart; ``[max_pages]`` for one request; or ``[num_indices]`` with ``kv_indptr``.
@@ -493,7 +493,7 @@ def decode(
     k_format, v_format
         What fixes the bytes (:meth:`TurboKVCodec.vector_format`); scales in float16.
     page_size
-        Tokens a page, a multiple of 16.
+        Tokens per page, a multiple of 16.
     kv_indices
         int32: a table ``[batch_size, max_pages]``, rows any distance apart; or with ``kv_indptr``
         ``[num_indices]``. Entries past a request's pages are not read.

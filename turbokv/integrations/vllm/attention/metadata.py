@@ -196,7 +196,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
             raise ValueError(f"causal: wanted True, got {cam.causal!r}")
         assert self.reorder_batch_threshold is not None
         # In a drafter's first pass rows are those of the step that was just verified, rejected
-        # drafts and all, and longer by what it reads besides. Rows of verification stay decodes:
+        # drafts and all, and longer by what else it reads. Rows of verification stay decodes:
         # only the device knows how many tokens they really have.
         extra = self.extra_draft_tokens if self.is_draft else 0
         most = min(self.reorder_batch_threshold + extra, MAX_DECODE_QUERIES)
@@ -296,7 +296,7 @@ class TurboKVMetadataBuilder(AttentionMetadataBuilder[TurboKVMetadata]):  # type
 
         Of rows that are prefill vLLM's bound is exact, by its own promise. It does not hold in the
         first pass of a draft model: rows are longer there by the tokens that the model reads
-        besides, and whether the bound is too depends on the version and the runner. The device has
+        as well, and whether the bound is too depends on the version and the runner. The device has
         the true lengths, so they are asked for, which waits for the target model's step.
         """
         starts = cam.query_start_loc_cpu[num_decodes : cam.num_reqs + 1].tolist()

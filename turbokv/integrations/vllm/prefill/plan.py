@@ -52,7 +52,7 @@ class Group:
 def workspace_floor(max_num_tokens: int, sliding_window: int | None) -> int:
     """Return the fewest workspace tokens that :func:`plan` works with, a multiple of 16.
 
-    A step's fresh tokens must fit, and with a sliding window what one row sees besides: windows are
+    A step's fresh tokens must fit, and with a sliding window what else one row sees: windows are
     cut off by FlashAttention, which counts them from the last key, so keys must be in one piece.
     """
     extra = sliding_window + TILE if sliding_window else 0

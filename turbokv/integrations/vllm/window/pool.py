@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recent window inside the engine: which tiles hold a 16-bit copy besides their codes.
+"""The recent window inside the engine: which tiles also have a 16-bit copy.
 
 Every token is compressed when it is written. A copy is extra, and pages belong to no request, so
 the copies live in a pool of slots (one slot: 16 tokens, K and V, all heads of a layer) and a map
@@ -31,7 +31,7 @@ computed anew (:mod:`turbokv.integrations.vllm.window.prefix_hits`). Pages that 
 ``store`` (a KV connector's load, a wake from sleep) must be named to
 :meth:`RecentWindow.invalidate`, or :meth:`RecentWindow.clear` called.
 
-Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes a layer
+Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes per layer
 (:func:`slot_bytes`); :func:`pool_slots` sizes the pool.
 """
 
