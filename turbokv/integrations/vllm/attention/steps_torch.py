@@ -49,7 +49,7 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
     """Multiply rows ``[tokens, heads, dim]`` by the matrix of their KV head."""
     finite = x.float().clamp(-core.INPUT_LIMIT, core.INPUT_LIMIT)
     grouped = finite.view(x.shape[0], matrix.shape[0], -1, x.shape[2])
-    return torch.einsum("thgd,hde->the", grouped, matrix).reshape(x.shape)
+    return torch.einsum("thgd,hde->thge", grouped, matrix).reshape(x.shape)
 
 
 def store(
