@@ -10,6 +10,8 @@ pytest.importorskip("transformers")
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     SmolLM3Config,
@@ -183,6 +185,29 @@ def test_several_texts_share_the_tokens() -> None:
     hook.remove()
     assert got.source["tokens"] == 200 + 90 and got.source["texts"] == 2
     assert seen[1:] == [(1, 100), (1, 100), (1, 90)]  # after the probe of rotary embeddings
+
+
+def test_only_layers_that_see_everything_are_mapped() -> None:
+    """Gemma 3's windows are bounded and stay as they are; its scale of scores is its own."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        **{**SMALL, "num_hidden_layers": 4},
+        head_dim=32,
+        sliding_window=64,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    model = Gemma3ForCausalLM._from_config(config, dtype=torch.float32).eval()
+    got = calibrate(model, tokens=400, context=200, parts=("offsets", "k_map"))
+    assert sorted(got.layers) == [1, 3]
+    assert all(layer.k_map is not None for layer in got.layers.values())
+
+
+def test_texts_that_end_within_the_window_give_no_map() -> None:
+    with pytest.raises(
+        ValueError, match=r"ids: wanted texts of more than 132 tokens.*\[0, 1\] saw"
+    ):
+        calibrate(llama(), torch.full((1, 100), 5), context=300, parts=("offsets", "k_map"))
 
 
 def test_maps_are_made_for_the_context_asked_for() -> None:

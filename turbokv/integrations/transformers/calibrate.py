@@ -291,12 +291,19 @@ def _with_maps(
     with _observed(model, observe):
         for piece in pieces:
             _body(model)(input_ids=piece, use_cache=False)
+    missing = [i for i, kept in layers.items() if kept.offsets and i not in found.layers()]
+    if missing:
+        raise ValueError(
+            f"ids: wanted texts of more than {DEFAULT_WINDOW + DEFAULT_SINKS} tokens for k_map, and"
+            " a model whose attention goes through Transformers' interface, but layers"
+            f" {missing} saw nothing that counts"
+        )
     if longest is None:
         text = model.config.get_text_config(decoder=True)
         longest = min(getattr(text, "max_position_embeddings", MAX_SHIFTED), MAX_SHIFTED)
     return {
         index: replace(layer, k_map=found.key_map(index, rotaries[index], longest))
-        if index in found.layers()
+        if layer.offsets
         else layer
         for index, layer in layers.items()
     }
