@@ -190,7 +190,7 @@ def plan(
     ] = 0.02,
     presets: Annotated[str, typer.Option(help="Comma list such as tq4,tq_k5v3; or all.")] = "all",
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Stages of layers, each on GPUs of its own.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages of layers, each on its own GPUs.")] = 1,
     dp: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
     model_type: Annotated[
         str | None, typer.Option(help="A known type that an unknown model is built like.")

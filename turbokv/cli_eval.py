@@ -59,7 +59,7 @@ def evaluate(
     ] = "prose,dialogue,code",
     calibration_text: Annotated[
         str,
-        typer.Option(help="Text to centre keys with; of one that is scored too, the far end."),
+        typer.Option(help="Text to centre keys with. If it is scored too, its far end is used."),
     ] = "topics",
     tokens: Annotated[int, typer.Option(min=128, help="Tokens of a passage.")] = 1024,
     passages: Annotated[
@@ -67,7 +67,7 @@ def evaluate(
     ] = 3,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens a forward pass.")] = 64,
     score_every: Annotated[
-        int, typer.Option(min=1, help="Score one token in so many: saves logits.")
+        int, typer.Option(min=1, help="Score one token in N, which saves the memory of logits.")
     ] = 1,
     presets: Annotated[
         str, typer.Option(help="Comma list such as tq_k5v3+w+centred; short; all; none.")

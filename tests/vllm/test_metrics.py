@@ -85,7 +85,7 @@ def test_the_log_says_once_what_puts_them_on_the_page(
             metrics.watch(RecentWindow(10, 16, 2, 48, 4, "cpu"))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (folder is None)
-    assert all("PROMETHEUS_MULTIPROC_DIR set to an empty folder" in text for text in said)
+    assert all("set PROMETHEUS_MULTIPROC_DIR to an empty folder" in text for text in said)
 
 
 def test_another_process_sees_them(tmp_path: Path) -> None:

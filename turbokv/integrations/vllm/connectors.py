@@ -154,7 +154,7 @@ def _module_of(name: str | None, module: str | None) -> str:
 
 
 def keeps_window(vllm_config: Any) -> bool:
-    """Whether the 16-bit window may be on: no connector, or such as undo it for loaded pages."""
+    """Whether there may be 16-bit copies: no connector, or one that drops those of loaded pages."""
     transfer = vllm_config.kv_transfer_config
     return transfer is None or transfer.kv_connector_module_path is not None
 

@@ -238,7 +238,7 @@ class _Object:
     def compile(self, version: str) -> None:
         depfile = self.target.with_suffix(".d")
         self._stamp.unlink(missing_ok=True)
-        # names of what is local to a file hold a random number, or this: builds give equal bytes
+        # file-local symbols get a random seed in their names; fixing it makes builds reproducible
         seed = f"-frandom-seed={self.target.stem}"
         _run([*self.command, seed, "-MD", "-MF", str(depfile), "-c", "-o", str(self.target)])
         names = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()

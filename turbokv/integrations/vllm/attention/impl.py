@@ -259,7 +259,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             return num_slots
         each = slots_per_request(self.options.window, self.options.sinks)
         logger.warning_once(
-            "TurboKV: no 16-bit window, though %d tokens and %d sinks were asked for: copies for"
+            "TurboKV: no 16-bit window, although %d tokens and %d sinks were requested: copies for"
             " one request take %.3f GiB, and window_pool_fraction %g of a cache of about %.3f GiB"
             " is less. Raise window_pool_fraction, or give the cache more memory.",
             self.options.window,

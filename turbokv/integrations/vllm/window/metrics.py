@@ -129,9 +129,9 @@ def _say_where() -> None:
     if _FOLDER in os.environ:
         return
     logger.info(
-        "TurboKV: the 16-bit window's counters are in this log, once a minute, and not on /metrics:"
-        " for that start the server with %s set to an empty folder, or as `turbokv serve`, which"
-        " does so.",
+        "TurboKV: the 16-bit window's counters are in this log, once a minute, and not on /metrics."
+        " To have them there, set %s to an empty folder before the server starts, or use"
+        " `turbokv serve`, which does it.",
         _FOLDER,
     )
 

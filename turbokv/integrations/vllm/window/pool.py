@@ -21,15 +21,15 @@ table that the step will use. Its rules:
 4. A live tile without a slot gets one if and only if this step writes it from its first token.
    Sinks come first, then the newest tile of every request, and so on.
 
-The invariant: *a slot holds all tokens of its tile that were written since the tile's first token
-last was*. Rule 4 starts it so, :func:`turbokv.kernels.cuda.ops.store` writes the slot along with
-the codes as long as the map names it, and a tile that lost its slot cannot get one back, since its
+The invariant: *a slot always holds every token written to its tile since that tile was last
+started*. Rule 4 starts it, :func:`turbokv.kernels.cuda.ops.store` writes the slot together with the
+codes as long as the map names it, and a tile that lost its slot cannot get one back, since its
 16-bit values are gone. So a prefix hit, a preempted and resumed request, a reordered batch and a
-rolled-back draft read what was stored, in 16 bits where a slot survived and compressed elsewhere.
-That the newest tokens of a prefix hit are in 16 bits is not left to which slots survived: they are
-computed anew (:mod:`turbokv.integrations.vllm.window.prefix_hits`). Pages that change without
-``store`` (a KV connector's load, a wake from sleep) must be named to
-:meth:`RecentWindow.invalidate`, or :meth:`RecentWindow.clear` called.
+rolled-back draft read what was stored: in 16 bits where a slot survived, compressed elsewhere. The
+newest tokens of a prefix hit do not depend on which slots survived: they are computed again
+(:mod:`turbokv.integrations.vllm.window.prefix_hits`). Whoever changes pages without ``store`` (a KV
+connector's load, a wake from sleep) must name them to :meth:`RecentWindow.invalidate`, or call
+:meth:`RecentWindow.clear`.
 
 Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes per layer
 (:func:`slot_bytes`); :func:`pool_slots` sizes the pool.
