@@ -283,7 +283,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, str(path), root], capture_output=True, text=True, check=True
     )
-    assert "File too large" in done.stdout
+    assert "File too large" in done.stdout and str(path) in done.stdout
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

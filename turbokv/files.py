@@ -82,6 +82,13 @@ def written_whole(path: str | os.PathLike[str], name: str) -> Iterator[pathlib.P
     path, name
         As for :func:`check_writable`.
 
+    Raises
+    ------
+    ValueError
+        As :func:`check_writable`.
+    OSError
+        With the file's name, if the disk is full, for instance.
+
     Yields
     ------
     Path
@@ -99,8 +106,10 @@ def written_whole(path: str | os.PathLike[str], name: str) -> Iterator[pathlib.P
             os.fsync(file.fileno())
         os.chmod(fresh, mode)
         os.replace(fresh, target)
-    except BaseException:
+    except BaseException as error:
         pathlib.Path(fresh).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(target)  # of a full disk: which file, as of all other errors
         raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:
