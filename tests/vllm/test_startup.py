@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -314,3 +315,14 @@ def test_a_damaged_calibration_file_is_refused_at_start(tmp_path: pathlib.Path) 
     path.write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="wanted a safetensors file, got"):
         hooks.check_and_update_config(calibrated(str(path)))
+
+
+def test_batch_invariance_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wanted in (False, True):
+        envs = SimpleNamespace(VLLM_BATCH_INVARIANT=wanted)
+        monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+        if not wanted:
+            hooks.check_and_update_config(config())
+            continue
+        with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT is not supported: how decode"):
+            hooks.check_and_update_config(config())

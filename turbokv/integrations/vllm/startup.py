@@ -7,6 +7,7 @@ Everything that would otherwise fail in the middle of serving, or answer wrongly
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,15 @@ def _parallel(config: Any, options: Options) -> Iterator[str]:
         yield "prefill context parallelism is not supported; use tensor parallelism"
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0) > 1:
         yield "dual-batch overlap is not supported: two batches would share one workspace"
+
+
+def _determinism(config: Any, options: Options) -> Iterator[str]:
+    envs = sys.modules.get("vllm.envs")  # asked for by every process of vLLM's
+    if getattr(envs, "VLLM_BATCH_INVARIANT", False):
+        yield (
+            "VLLM_BATCH_INVARIANT is not supported: how decode splits a request's tokens, and which"
+            " of them have 16-bit copies, depends on the requests beside it"
+        )
 
 
 def _model(config: Any, options: Options) -> Iterator[str]:
@@ -222,6 +232,7 @@ def _scheduler(config: Any, options: Options) -> None:
 # after connectors, which decide whether there is a window.
 CHECKS: tuple[Callable[[Any, Options], Iterator[str]], ...] = (
     _parallel,
+    _determinism,
     _model,
     _speculation,
     _cache,
