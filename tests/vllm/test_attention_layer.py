@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,47 @@ def test_sinks_that_are_loaded_again_stay_where_they_are() -> None:
     sinks.load(torch.tensor([3.0, 4.0], dtype=torch.bfloat16))
     assert sinks.logits.tolist() == [3.0, 4.0]
     assert sinks.logits.data_ptr() == address
+
+
+# --- mapped keys ----------------------------------------------------------------------------------
+
+
+@needs_vllm
+def test_kernels_get_mapped_keys_and_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, offsets and pages are handed on; keys and queries go through the layer's matrices."""
+    from turbokv.integrations.vllm.attention import steps_cuda
+    from turbokv.key_map import KeyMap
+
+    def map_heads(x: Tensor, matrix: Tensor) -> Tensor:
+        wide = matrix.repeat_interleave(x.shape[1] // matrix.shape[0], 0)
+        return torch.einsum("thd,hde->the", x, wide)
+
+    stand_in = SimpleNamespace(map_heads=map_heads)
+    monkeypatch.setitem(sys.modules, "turbokv.kernels.triton_key_map", stand_in)
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(steps_cuda.cuda, "store", lambda *args, **_: got.update(store=args))
+    monkeypatch.setattr(steps_cuda.cuda, "decode", lambda *args, **_: got.update(decode=args))
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(2, DIM, DIM, generator=generator) + 8 * torch.eye(DIM)
+    k, v = (torch.randn(5, 2, DIM, generator=generator) for _ in "kv")
+    q = torch.randn(5, HEADS, DIM, generator=generator)
+    none = torch.empty(0)
+    settings: Any = dict(sm_scale=1.0, sliding_window=None, logits_soft_cap=0.0, sinks=None)
+    for key_map in (None, KeyMap(matrix.float())):
+        layer = CacheLayer.create("tq4", DIM, 2)
+        if key_map is not None:
+            layer.set_map(key_map, torch.device("cpu"))
+        steps_cuda.store(layer, k, v, none, none, 16, None, None)
+        steps_cuda.decode(layer, q, none, 16, none, none, None, 1, None, none, None, **settings)
+        stored, values, asked = got["store"][0], got["store"][1], got["decode"][0]
+        assert values is v
+        if key_map is None:
+            assert stored is k and asked is q
+            continue
+        want = key_map.map_keys(k.transpose(0, 1)).transpose(0, 1)
+        torch.testing.assert_close(stored, want)
+        want = key_map.map_queries(q.transpose(0, 1)).transpose(0, 1)
+        torch.testing.assert_close(asked, want)
 
 
 # --- the size of the pool -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from turbokv.integrations.vllm import compat
 from turbokv.integrations.vllm.attention.layer import CacheLayer, apply_attention_sinks
-from turbokv.kernels import cuda, triton_key_map
+from turbokv.kernels import cuda
 
 
 def prepare(layer: CacheLayer) -> None:
@@ -25,17 +25,26 @@ def prepare(layer: CacheLayer) -> None:
     for kind in ("store", "decompress", "decode"):
         cuda.prepare(kind, layer.k_format, layer.v_format)
     if layer.k_matrix is not None:
+        from turbokv.kernels import triton_key_map
+
         triton_key_map.prepare(layer.k_matrix)
 
 
 def map_keys(layer: CacheLayer, k: Tensor) -> Tensor:
     """Return keys as they are stored, rounded to their dtype: new where the layer maps them."""
-    return k if layer.k_matrix is None else triton_key_map.map_heads(k, layer.k_matrix)
+    return k if layer.k_matrix is None else _times(k, layer.k_matrix)
 
 
 def map_queries(layer: CacheLayer, q: Tensor) -> Tensor:
     """Return queries that meet such keys, in their dtype: new where the layer maps them."""
-    return q if layer.q_matrix is None else triton_key_map.map_heads(q, layer.q_matrix)
+    return q if layer.q_matrix is None else _times(q, layer.q_matrix)
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    # imported where it is used: the host's part of this module needs no Triton
+    from turbokv.kernels.triton_key_map import map_heads
+
+    return map_heads(x, matrix)
 
 
 def decode_workspace_bytes(
