@@ -2,17 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time store and decode where a server runs them: among the matrix products of a layer.
 
-    python scripts/bench_step.py --presets 4,4 5,3 --cells 1x8K,1x32K,16x8K
+    python scripts/bench_step.py --presets 4,4 5,3 --cells 1x8K,1x32K,16x8K --keeps plain centred
 
 A benchmark of one kernel keeps its instructions in the caches. Here a CUDA graph holds layers of
 Qwen3-8B's shape: 0.4 GB of weights run through L2 between two decode kernels, and every layer has
 pages of its own. Figures are medians of what PyTorch's profiler says of each kernel, and the time
-of a layer. Lengths are no multiples of a step, as they rarely are.
+of a layer. Lengths are no multiples of a step, as they rarely are. Servers keep the newest 128
+tokens and the first tile in 16 bits (``window``), and centre keys unless told not to (``centred``).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -23,11 +25,14 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from turbokv.centring import SEGMENT
 from turbokv.codec import TurboKVCodec
 from turbokv.kernels import cuda
 from turbokv.paged import PageLayout
 
 QO_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, PAGE = 32, 8, 128, 4096, 12288, 64
+WINDOW, TILE = 128, 16
+KEEPS = ("plain", "window", "centred")  # the last has the window as well
 REPLAYS = 3
 
 
@@ -71,13 +76,38 @@ class Layers:
         tiles[..., -64:] = scales.add_(0.4).half().view(torch.uint8)
         return made
 
-    def graph(self, batch: int, length: int, with_store: bool) -> Any:
+    def _kept(self, table: Tensor, length: int, keeps: str) -> tuple[dict[str, Any], ...]:
+        """Return what store and decode are given for 16-bit copies and offsets of keys."""
+        if keeps == "plain":
+            return {}, {}
+        batch = table.shape[0]
+        tiles = [0, *range((length - WINDOW) // TILE, (length - 1) // TILE + 1)]
+        where = torch.tensor(tiles, device=self.device)
+        pages, within = table[:, where // (PAGE // TILE)].long(), where % (PAGE // TILE)
+        count = batch * len(tiles)
+        slots = torch.full((self.pages[0].shape[0], PAGE // TILE), -1, dtype=torch.int32)
+        slots = slots.to(self.device)
+        order = torch.arange(count, dtype=torch.int32, device=self.device)
+        slots[pages, within] = order.view(batch, -1)
+        shape = (count, KV_HEADS, 2, TILE, HEAD_DIM)
+        window = torch.randn(shape, dtype=torch.float16, device=self.device)
+        store: dict[str, Any] = {"tile_slots": slots, "window": window}
+        decode = dict(store)
+        if keeps == "centred":
+            shape = (-(-length // SEGMENT), KV_HEADS, HEAD_DIM)
+            store["k_offset"] = torch.randn(shape, device=self.device)
+            store["positions"] = torch.full((batch,), length - 1, device=self.device)
+            decode["k_offset"] = torch.randn(shape, device=self.device)
+        return store, decode
+
+    def graph(self, batch: int, length: int, with_store: bool, keeps: str = "plain") -> Any:
         """Capture a step of all layers."""
         linear = torch.nn.functional.linear
         per = -(-length // PAGE)
         index = torch.arange(batch * per, dtype=torch.int32, device=self.device)
         table = index.view(batch, per)
         lens = torch.full((batch,), length, dtype=torch.int32, device=self.device)
+        kept = self._kept(table, length, keeps)
         slots = table[:, -1].long() * PAGE + (length - 1) % PAGE
         start = torch.randn(batch, HIDDEN, dtype=torch.bfloat16, device=self.device)
         workspace = torch.zeros(
@@ -100,7 +130,7 @@ class Layers:
                 q = q * 1.0
                 formats = (self.k_format, self.v_format, PAGE)
                 if with_store:
-                    cuda.store(k, v, slots, pages, *formats)
+                    cuda.store(k, v, slots, pages, *formats, **kept[0])
                 attended = cuda.decode(
                     q,
                     pages,
@@ -109,6 +139,7 @@ class Layers:
                     kv_lens=lens,
                     sm_scale=HEAD_DIM**-0.5,
                     workspace=workspace,
+                    **kept[1],
                 )
                 gate, up = linear(linear(attended.flatten(1), out), gate_up).chunk(2, dim=-1)
                 x = linear(gate * up, down)
@@ -155,6 +186,7 @@ def main() -> None:
     )
     parser.add_argument("--presets", nargs="+", default=["4,4"], help="widths of K and V")
     parser.add_argument("--cells", default="1x8K,1x32K,16x8K")
+    parser.add_argument("--keeps", nargs="+", choices=KEEPS, default=["plain", "centred"])
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
@@ -167,11 +199,13 @@ def main() -> None:
         k_bits, v_bits = map(int, preset.split(","))
         layers = Layers(args.layers, (k_bits, v_bits), most, device)
         for cell, (batch, length) in cells.items():
-            for with_store in (True, False):
-                found = measure(layers.graph(batch, length, with_store), args.layers)
-                rows.append({"preset": preset, "cell": cell, "with_store": with_store, **found})
+            for keeps, with_store in itertools.product(args.keeps, (True, False)):
+                found = measure(layers.graph(batch, length, with_store, keeps), args.layers)
+                row = {"preset": preset, "cell": cell, "keeps": keeps, "with_store": with_store}
+                rows.append({**row, **found})
                 figures = ", ".join(f"{name[:-3]} {us:.1f}" for name, us in found.items())
-                print(f"{preset} {cell} {'with' if with_store else 'without'} store: {figures}")
+                store = "with" if with_store else "without"
+                print(f"{preset} {cell} {keeps} {store} store: {figures}", flush=True)
         del layers
     if args.json is not None:
         args.json.write_text(
