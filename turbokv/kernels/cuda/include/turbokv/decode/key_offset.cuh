@@ -47,7 +47,7 @@ __device__ __forceinline__ void ScoreOffsets(const decode_params_t& p, int head,
   auto high = [](float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); };
 #pragma unroll 1
   for (int i0 = at.warp * 16; i0 < segments; i0 += C::kWarps * 16) {
-    float sum[kBlocks][4] = {};
+    float sums[kBlocks][3][4] = {};  // three chains, as a product waits for the one it adds to
     const float* from[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -80,9 +80,9 @@ __device__ __forceinline__ void ScoreOffsets(const decode_params_t& p, int head,
 #pragma unroll
             for (int e = 0; e < 4; ++e) top[e] = high(a[i][e]), rest[e] = a[i][e] - top[e];
             const float b0 = high(b[i][0]), b1 = high(b[i][1]);
-            ptx::MmaTf32(sum[n], top[0], top[1], top[2], top[3], b0, b1);
-            ptx::MmaTf32(sum[n], top[0], top[1], top[2], top[3], b[i][0] - b0, b[i][1] - b1);
-            ptx::MmaTf32(sum[n], rest[0], rest[1], rest[2], rest[3], b0, b1);
+            ptx::MmaTf32(sums[n][0], top[0], top[1], top[2], top[3], b0, b1);
+            ptx::MmaTf32(sums[n][1], top[0], top[1], top[2], top[3], b[i][0] - b0, b[i][1] - b1);
+            ptx::MmaTf32(sums[n][2], rest[0], rest[1], rest[2], rest[3], b0, b1);
           }
         }
       }
@@ -93,7 +93,8 @@ __device__ __forceinline__ void ScoreOffsets(const decode_params_t& p, int head,
       for (int e = 0; e < 4; ++e) {
         const int i = i0 + e / 2 * 8 + at.g, c = n * 8 + 2 * at.t + e % 2;
         if (c < kColumns && i < segments) {
-          offsets[i * kColumns + c] = sum[n][e] * columns.offset_gain[c];
+          const float sum = sums[n][0][e] + (sums[n][1][e] + sums[n][2][e]);
+          offsets[i * kColumns + c] = sum * columns.offset_gain[c];
         }
       }
     }
