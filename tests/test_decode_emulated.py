@@ -37,6 +37,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def replace_multiprocessors(device: harness.Device, count: int) -> harness.Device:
+    return harness.Device(device.major, count, device.shared_of_cta, device.shared_of_sm)
+
+
 def check(case: Case, loose: float = 1, **options: Any) -> None:
     check_problem(Problem(case), loose, **options)
 
@@ -121,6 +125,54 @@ def test_values_of_zero_below_scores_out_of_reach() -> None:
     assert torch.allclose(arguments["out"], problem.expected, atol=1e-4)
     relative = (arguments["lse"] - problem.expected_lse).abs() / problem.expected_lse.abs()
     assert relative.max() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("length", [5, 70, 130, 512, 1024, 1029, 1040, 1087])
+def test_copies_of_the_newest_tokens_and_the_first_tile(length: int, centred: bool) -> None:
+    case = Case(lens=(length,), newest=128, centred=centred, num_kv_heads=1, num_ctas=2)
+    check(case)
+    check(replace(case, num_ctas=1), early=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("early", [False, True])
+def test_some_rehearse_what_others_run(shape: str, early: bool) -> None:
+    # 8 multiprocessors attend, 4 rehearse; the last call has too many items for that
+    device = replace_multiprocessors(harness.H200, 12)
+    case = Case(lens=(700,), num_kv_heads=1, **SHAPES[shape])
+    check(case, early=early, device=device)
+    check(replace(case, lens=(0, 5), sinks=True), early=early, device=device)
+    full = replace(case, centred=True, newest=100, logits_soft_cap=20.0)
+    check(full, early=early, device=device)
+    check(replace(full, lens=(150, 70), num_kv_heads=4), early=early, device=device)
+
+
+@pytest.mark.slow
+def test_more_parts_than_are_combined_at_once() -> None:
+    check(Case(lens=(2500, 900), num_kv_heads=1, num_ctas=45))
+    check(Case(lens=(2500, 900), num_kv_heads=2, num_ctas=37, newest=100))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("offset, more", [(0, 0), (4, 8), (8, 4), (0, 1)])
+@pytest.mark.parametrize("head_dim", [128, 100, 96])
+def test_outputs_of_any_alignment(
+    dtype: torch.dtype, offset: int, more: int, head_dim: int
+) -> None:
+    problem = Problem(Case(lens=(70, 200), head_dim=head_dim, num_kv_heads=1))
+    arguments = problem.arguments()
+    tokens, heads, _ = arguments["out"].shape
+    room = torch.full((tokens, heads, offset + head_dim + more), 7.0).to(dtype)
+    arguments["out"] = room[..., offset : offset + head_dim]
+    harness.decode(arguments)
+    error = (arguments["out"].double() - problem.expected).norm() / problem.expected.norm()
+    assert error < (5e-3 if dtype == torch.bfloat16 else TOLERANCE)
+    assert (room[..., :offset] == 7).all()
+    assert (room[..., offset + head_dim :] == 7).all()
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ class Case:
     sinks: bool = False
     centred: bool = False
     kept: float = 0.0  # share of tiles that are kept in 16 bits
+    newest: int = 0  # tokens whose tiles have 16-bit copies, as has the first tile
     rising: float = 0.0  # K scales grow by so many powers of two to the oldest token
     uneven: bool = False  # V scales over 16 powers of two, a fifth of them zero
     indptr: bool = False  # page table as indptr and indices
@@ -121,10 +122,15 @@ class Problem:
             marked = torch.rand(marks.shape, device=DEVICE, generator=g) < 0.3
             marks |= marked.to(torch.uint8) << 7
         self.tile_slots = self.window = None
-        if case.kept > 0:
+        if case.kept > 0 or case.newest > 0:
             tiles = size // 16
             slots = torch.full((num_pages, tiles), -1, dtype=torch.int32, device=DEVICE)
             kept = torch.rand(num_pages, tiles, device=DEVICE, generator=g) < case.kept
+            for i, n in enumerate(case.lens if case.newest else ()):
+                pages = self.kv_indices[int(starts[i]) : int(starts[i + 1])].long()
+                own = torch.arange(len(pages) * tiles, device=DEVICE)
+                own = (own == 0) | (own >= max(n - case.newest, 0) // 16) & (own * 16 < n)
+                kept[pages] |= own.view(-1, tiles)
             count = int(kept.sum())
             slots[kept] = torch.randperm(count, device=DEVICE, generator=g).int()
             shape = (max(count, 1), heads, 2, 16, self.codec.padded_dim)

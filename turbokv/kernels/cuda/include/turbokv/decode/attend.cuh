@@ -58,6 +58,18 @@ struct cta_t {
         offsets(reinterpret_cast<float*>(base + plan.offsets)),
         query(base + plan.query),
         launch(launch) {}
+
+  /*! \brief Zero what a step reads, for a CTA that rehearses it. */
+  __device__ __forceinline__ void Clear(uint8_t* base, const shared_plan_t<C>& plan) const {
+    const auto zero_words = [&](void* from, int bytes) {
+#pragma unroll 1
+      for (int i = at.thread; i < bytes / 4; i += C::kThreads) static_cast<uint32_t*>(from)[i] = 0;
+    };
+    zero_words(&shared.columns, sizeof(shared.columns));
+    zero_words(&shared.limits, sizeof(shared.limits));
+    zero_words(base + plan.ring, C::kStepBytes);
+    zero_words(rows, C::kColumns * C::kHeadDim * 6);  // and the query's terms after them
+  }
 };
 
 /*! \brief A warp's attention to an item. */
@@ -89,6 +101,15 @@ struct attention_t {
     // a part of few steps has one body only: reading another one's code would take longer
     if (item.end - item.begin <= 2 * C::kWarps) clear_begin = item.end;
     clear_end = from_newest + 1 - (max(limits.all_begin, 0) + C::kStepTokens - 1) / C::kStepTokens;
+  }
+
+  /*! \brief Have the first of all copies attended to, though nothing was written to it. */
+  __device__ __forceinline__ void RehearseCopy() {
+    if constexpr (C::kAllFeatures) {
+      if (cta.p.kv.tile_slots == nullptr || cta.p.kv.window == nullptr || cta.at.warp > 0) return;
+      if (cta.at.lane == 0) cta.shared.warps[0].pending[0] = {0, 0};
+      num_pending = 1;
+    }
   }
 
   /*! \brief Attend to all steps and copies. Steps go from the newest to the oldest: tiles with
@@ -135,7 +156,7 @@ struct attention_t {
     const int oldest = newest - (end - 1 - begin);
     first_segment = max(first_segment, oldest * C::kStepTokens / kTokensPerSegment);
     const int segments = min(last_segment, p.num_segments - 1) - first_segment + 1;
-    __syncthreads();
+    if (begin != item.begin) __syncthreads();
     ScoreOffsets<C>(p, item.head, first_segment, segments, cta.at, cta.rows, cta.shared.columns,
                     cta.offsets);
     __syncthreads();

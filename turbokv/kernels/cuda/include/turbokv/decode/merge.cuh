@@ -93,12 +93,13 @@ __device__ __forceinline__ void MergeWarps(const Softmax& state, float v_unit, c
  *  \param counter  The item's number, below all counters.
  *  \param own_part Which of this CTA's parts it is: of its items only the first (0) and the last
  *                  (1) can be parts.
+ *  \param rehearses Whether to leave nothing, and go on as if all parts were there.
  *  \return whether this CTA has all of the item in `rows` and `columns`.
  */
 template <class C>
 __device__ __forceinline__ bool CombineParts(const decode_params_t& p, int counter, int own_part,
-                                             const parts_t& parts, float* rows, shared_t<C>& shared,
-                                             const lane_t<C>& at) {
+                                             const parts_t& parts, bool rehearses, float* rows,
+                                             shared_t<C>& shared, const lane_t<C>& at) {
   constexpr int kHeadDim = C::kHeadDim, kColumns = C::kColumns;
   columns_t<C>& columns = shared.columns;
   int* counters = static_cast<int*>(p.workspace);
@@ -107,19 +108,21 @@ __device__ __forceinline__ bool CombineParts(const decode_params_t& p, int count
   float* partials = reinterpret_cast<float*>(static_cast<uint8_t*>(p.workspace) +
                                              (p.workspace_bytes - bytes) / 16 * 16);
   float* own = partials + static_cast<int64_t>(2 * blockIdx.x + own_part) * C::kPartial;
-  for (int i = at.thread; i < kColumns * kHeadDim / 4; i += C::kThreads) {
+  const int own_vectors = rehearses ? 0 : kColumns * kHeadDim / 4;
+  for (int i = at.thread; i < own_vectors; i += C::kThreads) {
     __stcg(reinterpret_cast<float4*>(own) + i, reinterpret_cast<const float4*>(rows)[i]);
   }
-  if (at.thread < kColumns) {
+  if (at.thread < kColumns && !rehearses) {
     __stcg(own + kColumns * kHeadDim + at.thread, columns.row_max[at.thread]);
     __stcg(own + kColumns * kHeadDim + kColumns + at.thread, columns.row_sum[at.thread]);
   }
   __threadfence();
   __syncthreads();
   if (at.thread == 0) {
-    const int arrived = atomicAdd(counters + counter, 1);
-    shared.is_last = arrived == parts.count - 1;
-    if (shared.is_last) counters[counter] = 0;
+    const int arrived = atomicAdd(counters + counter, rehearses ? 0 : 1);
+    const bool is_last = arrived == parts.count - 1 && !rehearses;
+    if (is_last) counters[counter] = 0;
+    shared.is_last = is_last || rehearses;
     __threadfence();
   }
   __syncthreads();

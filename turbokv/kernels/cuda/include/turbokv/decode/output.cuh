@@ -18,10 +18,10 @@
 namespace turbokv {
 namespace decode_detail {
 
-/*! \brief Write the rows of an item and their LSE, a warp per row. */
+/*! \brief Write the rows of an item and their LSE, a warp per row; nothing if it `rehearses`. */
 template <class C>
 __device__ __forceinline__ void WriteRows(const decode_params_t& p, const item_t& item, int group,
-                                          const lane_t<C>& at, const float* rows,
+                                          const lane_t<C>& at, bool rehearses, const float* rows,
                                           const columns_t<C>& columns) {
   constexpr int kHeadDim = C::kHeadDim, kLane = C::kLane;
   const request_t& r = item.request;
@@ -54,13 +54,14 @@ __device__ __forceinline__ void WriteRows(const decode_params_t& p, const item_t
         x[i] *= v_signs >> i & 1 ? -root : root;
       }
     }
+    const int dim = rehearses ? 0 : p.rotated_output ? kHeadDim : p.head_dim;
     const int64_t to = token * p.out_stride_n + qo_head * p.out_stride_h;
 #pragma unroll
     for (int i = 0; i < kLane; ++i) {
       const int j = lane * kLane + i;
-      if (j < (p.rotated_output ? kHeadDim : p.head_dim)) StoreAs(p.out, to + j, p.out_dtype, x[i]);
+      if (j < dim) StoreAs(p.out, to + j, p.out_dtype, x[i]);
     }
-    if (p.lse != nullptr && lane == 0) {
+    if (p.lse != nullptr && lane == 0 && !rehearses) {
       p.lse[token * p.lse_stride_n + qo_head] = sum > 0      ? top + log2f(sum)
                                                 : isnan(sum) ? sum
                                                              : -INFINITY;

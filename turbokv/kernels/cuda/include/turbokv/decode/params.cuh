@@ -64,6 +64,7 @@ namespace decode_detail {
 
 /*! \brief What the launch adds to the arguments; see PlanLaunch. */
 struct launch_params_t {
+  int num_workers;                       // CTAs that attend; those after them rehearse
   int num_stages;                        // of each warp's ring
   bool cached;                           // whether requests are kept in shared memory
   bool early;                            // see decode_options_t

@@ -109,6 +109,10 @@ launch_plan_t PlanLaunch(const decode_params_t& p, const decode_options_t& optio
   plan.fits = plan.launch.num_stages >= 2;
   plan.shared_bytes = shared_plan_t<C>(p, plan.launch.num_stages, plan.launch.cached).bytes;
   plan.grid = options.num_ctas > 0 ? options.num_ctas : ctas * device.multiprocessors;
+  const int64_t items = MaxBlocks(p, C::kColumns) * p.batch_size * p.num_kv_heads;
+  const bool rehearses =
+      C::kRehearses && options.num_ctas == 0 && 2 * items <= plan.grid - kRehearsals;
+  plan.launch.num_workers = plan.grid - (rehearses ? kRehearsals : 0);
   return plan;
 }
 

@@ -39,15 +39,31 @@ struct schedule_t {
   shared_t<C>& shared;
   const lane_t<C>& at;
   requests_t<C> requests;
+  int num_workers;                           // CTAs that could have a part
   int total = 0, ctas = 0;                   // steps on the line; CTAs that have any
   int item_ctas = 0, first_cta_of_item = 0;  // if items have an integer number of CTAs
   int begin = 0, end = 0;                    // this CTA's part
   bool has_aligned_item = false;             // whether it is of one item, and known
   item_t aligned_item;
 
-  __device__ __forceinline__ schedule_t(const decode_params_t& p, bool cached, int* memory,
-                                        shared_t<C>& shared, const lane_t<C>& at)
-      : p(p), shared(shared), at(at), requests(p, cached, memory, at.warp) {}
+  __device__ __forceinline__ schedule_t(const decode_params_t& p, const launch_params_t& launch,
+                                        int* memory, shared_t<C>& shared, const lane_t<C>& at)
+      : p(p),
+        shared(shared),
+        at(at),
+        requests(p, launch.cached, memory, at.warp),
+        num_workers(launch.num_workers) {}
+
+  /*! \brief Take an item without tokens, of which nothing will be written: one of two parts, of a
+   * step or of none. */
+  __device__ __forceinline__ void Rehearse(rehearsal_t role) {
+    begin = 0, end = 1;
+    item_ctas = 2, has_aligned_item = true;
+    aligned_item = {};
+    aligned_item.request.steps = 2, aligned_item.request.q_len = 1;
+    if (role == rehearsal_t::kEnd) aligned_item.request.rows = requests.group;
+    if (role != rehearsal_t::kCopies) aligned_item.end = 1;
+  }
 
   /*! \brief Lay all steps in a line and take this CTA's part; false if there is none for it.
    *
@@ -150,7 +166,7 @@ struct schedule_t {
     if (b < p.batch_size) requests.prefix[b + 1] = last_step;
     if (b == 0) requests.prefix[0] = 0;
     total = __shfl_sync(~0u, last_step, 31);
-    ctas = min(static_cast<int>(gridDim.x), total);
+    ctas = min(num_workers, total);
     bool uneven = false;
     const int each = CtasOf(r, uneven), own = items * each;
     const int last = WarpScan(own, b), given = __shfl_sync(~0u, last, 31);
@@ -203,7 +219,7 @@ struct schedule_t {
       if (b < p.batch_size) requests.prefix[b + 1] = steps;
     }
     if (at.thread == 0) requests.prefix[0] = 0;
-    ctas = min(static_cast<int>(gridDim.x), total);
+    ctas = min(num_workers, total);
   }
 
   __device__ __forceinline__ void AlignByCta(bool& aligned, bool& idle) {

@@ -28,6 +28,15 @@ constexpr int kWarpRequests = 31;  // requests that every warp lays out for itse
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kNever = -1e30f;  // a running maximum that has seen nothing
 
+/*! \brief What a CTA runs ahead of those that attend, without a result.
+ *
+ *  With few requests a launch takes as long as its instructions take to come from DRAM, where a
+ *  server's weights have left them: everybody waits for the same lines, one after the other. A few
+ *  CTAs that begin with later stages bring their code to L2 meanwhile.
+ */
+enum class rehearsal_t { kNone, kStart, kSteps, kCopies, kEnd };
+constexpr int kRehearsals = 4;
+
 /*! \brief How probabilities are multiplied with values. */
 enum class products_t {
   kHalf,     // levels as fp16, probabilities as fp16: any width
@@ -109,6 +118,7 @@ struct decode_traits_t {
   static constexpr int kCtas = CTAS;
   static constexpr int kWarps = (COPY::kStageRoom / (2 * kStepBytes) >= 8 ? 8 : 4) / kCtas;
   static constexpr int kThreads = kWarps * 32;
+  static constexpr bool kRehearses = COPY::kOverlapsLaunches && CTAS == 1;
 
   // --- fragments
   // A product has eight columns. With four query rows the two terms of the query stand side by side
