@@ -94,10 +94,10 @@ class Layers:
         store: dict[str, Any] = {"tile_slots": slots, "window": window}
         decode = dict(store)
         if keeps == "centred":
-            shape = (-(-length // SEGMENT), KV_HEADS, HEAD_DIM)
-            store["k_offset"] = torch.randn(shape, device=self.device)
+            segments = -(-length // SEGMENT)
+            store["k_offset"] = torch.randn(segments, KV_HEADS, HEAD_DIM, device=self.device)
             store["positions"] = torch.full((batch,), length - 1, device=self.device)
-            decode["k_offset"] = torch.randn(shape, device=self.device)
+            decode["k_offset"] = torch.randn(segments, KV_HEADS, HEAD_DIM, device=self.device)
         return store, decode
 
     def graph(self, batch: int, length: int, with_store: bool, keeps: str = "plain") -> Any:
