@@ -14,6 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -115,7 +116,13 @@ class MemoryConnector(KVConnectorBase_V1):  # type: ignore[misc]
         pass
 
     def wait_for_save(self) -> None:
-        for key, block in self._get_connector_metadata().stores:
-            _pages[key] = {n: c[block].to("cpu", copy=True) for n, c in self.caches.items()}
+        stores = self._get_connector_metadata().stores
+        if not stores:
+            return
+        first = next(iter(self.caches.values()))
+        ids = torch.tensor([block for _, block in stores], dtype=torch.int64).to(first.device)
+        found = {name: cache.index_select(0, ids).cpu() for name, cache in self.caches.items()}
+        for index, (key, _) in enumerate(stores):
+            _pages[key] = {name: pages[index].clone() for name, pages in found.items()}
         while len(_pages) > _MOST:
             _pages.popitem(last=False)

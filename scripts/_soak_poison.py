@@ -70,11 +70,13 @@ class Poison:
         if not blocks:
             return
         total = self._pool.num_gpu_blocks
+        places: dict[int, Tensor] = {}
         for tensor in self.tensors():
             ratio = tensor.shape[0] // total  # a block of vLLM's may be several pages of a kernel's
-            where = torch.tensor(blocks, dtype=torch.int64, device=tensor.device)[:, None] * ratio
-            where = (where + torch.arange(ratio, device=tensor.device)).flatten()
-            tensor.view(torch.uint8)[where] = _ONES
+            if ratio not in places:
+                where = torch.tensor(blocks, dtype=torch.int64)[:, None] * ratio
+                places[ratio] = (where + torch.arange(ratio)).flatten().to(tensor.device)
+            tensor.view(torch.uint8).index_fill_(0, places[ratio], _ONES)
         self.pages += len(blocks)
 
     def before_step(self, scheduled: Any) -> None:

@@ -84,6 +84,12 @@ STEPS = {
         "scripts/soak.py --seconds 120 --streams 256 --model smollm2 --json {out}/soak.json",
         needs=_MODEL,
     ),
+    # pages from a connector of our own
+    "soak-memory": Step(
+        "scripts/soak.py --seconds 60 --streams 256 --model smollm2 --connector MemoryConnector"
+        " --seed 1 --json {out}/soak-memory.json",
+        needs=_MODEL,
+    ),
     "server": Step("tests/vllm/test_server_gpu.py", 2, needs=_MODEL),
     "ranks": Step("tests/vllm/test_tensor_parallel.py", 1, devices=2, needs=_VLLM),
     "quality": Step("scripts/eval_serving.py --json {out}/quality.json", needs=_MODEL),

@@ -183,7 +183,12 @@ def engine(plan: Plan, model: str, kv_cache_dtype: str, **more: Any) -> Iterator
     else:
         settings |= {
             "gpu_memory_utilization": 0.2,
-            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+            "compilation_config": {
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                # tokens of a step: one, or one and three drafts, of each stream
+                "cudagraph_capture_sizes": [4 << i for i in range(9)],
+            },
         }
     llm = LLM(**settings | more)
     try:

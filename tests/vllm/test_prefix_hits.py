@@ -97,6 +97,20 @@ def test_loads_end_where_hits_do(
     assert shortened(SimpleNamespace(num_tokens=513), computed) == wanted
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_connector_that_would_warn_is_not_asked_in_vain(is_asked: bool) -> None:
+    asked: list[int] = []
+
+    def match(request: Any, computed: int) -> tuple[int, bool]:
+        asked.append(computed)
+        return 64, True
+
+    shortened = prefix_hits.shorten_loads(match, 128, 32, is_asked_in_vain=is_asked)
+    assert shortened(SimpleNamespace(num_tokens=159), 0) == (0, False)
+    assert asked == ([0] if is_asked else [])
+    assert shortened(SimpleNamespace(num_tokens=160), 0) == (32, True)
+
+
 def test_another_vllm_is_noticed_at_start_up() -> None:
     with pytest.raises(TypeError, match="find_longest_cache_hit: wanted a parameter max_cache"):
         prefix_hits.shorten_hits(lambda hashes, limit: None, 128)

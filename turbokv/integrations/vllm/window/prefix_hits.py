@@ -81,7 +81,9 @@ def shorten_hits(find: Callable[..., Any], tokens: int) -> Callable[..., Any]:
     return shortened
 
 
-def shorten_loads(match: Callable[..., Any], tokens: int, block_size: int) -> Callable[..., Any]:
+def shorten_loads(
+    match: Callable[..., Any], tokens: int, block_size: int, *, is_asked_in_vain: bool = True
+) -> Callable[..., Any]:
     """Return a connector's ``get_num_new_matched_tokens`` that ends where hits do.
 
     Pages that are loaded have no 16-bit copies, so a load of the newest tokens would undo what
@@ -95,14 +97,19 @@ def shorten_loads(match: Callable[..., Any], tokens: int, block_size: int) -> Ca
         whether they arrive beside the engine's steps.
     tokens, block_size
         How many of the newest tokens to leave, and what a load is a multiple of.
+    is_asked_in_vain
+        Whether the connector is to be asked where nothing can be loaded, since it begins to keep
+        account of the request then.
     """
 
     def shortened(request: Any, num_computed_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        room = max(request.num_tokens - tokens - num_computed_tokens, 0) // block_size * block_size
+        if not room and not is_asked_in_vain:
+            return 0, False
         found, is_async = match(request, num_computed_tokens, *args, **kwargs)
         if not found:
             return found, is_async
-        room = max(request.num_tokens - tokens - num_computed_tokens, 0)
-        kept = min(found, room // block_size * block_size)
+        kept = min(found, room)
         return kept, is_async and kept > 0
 
     return shortened

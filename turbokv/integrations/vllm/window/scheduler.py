@@ -18,6 +18,8 @@ from turbokv.integrations.vllm.window.prefix_hits import (
     shorten_loads,
 )
 
+# Connectors that warn of each request of which they found tokens that are not loaded.
+_WARNS = ("SimpleCPUOffloadConnector",)
 # Of vLLM's coordinator; the second one, of vLLM 0.28 and newer, is asked for hybrid models whose
 # pages a KV connector brings, and not every coordinator has it.
 _FINDERS = ("find_longest_cache_hit", "find_longest_cache_hit_per_group")
@@ -33,7 +35,8 @@ class WindowScheduler(Scheduler):  # type: ignore[misc]
             return
         if self.connector is not None and self._holds_all_tokens():
             match = self.connector.get_num_new_matched_tokens
-            shortened = shorten_loads(match, tokens, self.block_size)
+            asked = type(self.connector).__name__ not in _WARNS
+            shortened = shorten_loads(match, tokens, self.block_size, is_asked_in_vain=asked)
             self.connector.get_num_new_matched_tokens = shortened
         coordinator = self.kv_cache_manager.coordinator
         for name in _FINDERS:
