@@ -62,7 +62,7 @@ STEPS = {
     "flashinfer": Step("tests/integration/flashinfer", 2, needs=("flashinfer",)),
     "engine": Step("tests/vllm/test_engine.py", 5, needs=_VLLM),
     "speculation": Step("tests/vllm/test_speculation.py", 5, needs=_VLLM),
-    "addresses": Step("tests/vllm/test_addresses.py", 1, needs=_VLLM),
+    "addresses": Step("tests/vllm/test_addresses.py tests/vllm/test_loads.py", 1, needs=_VLLM),
     "families": Step(
         "tests/vllm/test_kv_sharing.py tests/vllm/test_images.py"
         " tests/vllm/test_attention_layer.py tests/vllm/test_offsets.py",
