@@ -13,7 +13,8 @@ for decode, so that they start in seconds.
 A configuration is a cache dtype of vLLM (``bf16`` for 16 bits), then options after ``+``:
 ``+flash_attn`` and other paths of TurboKV, ``+nowindow``, ``+calibration=FILE``, ``+defaults``
 (everything as ``vllm serve`` has it), ``+fa3`` (upstream's ``turboquant_*`` without the
-FlashAttention-2 that vLLM forces, for hosts that have only version 3). After ``:`` it may name
+FlashAttention-2 that vLLM forces, for hosts that have only version 3), ``+overlap`` (decode starts
+while the store before it runs, in steps of single tokens). After ``:`` it may name
 cells of its own: ``int4_per_token_head:16x16K/1x120K``.
 """
 
@@ -46,6 +47,7 @@ def options_of(name: str) -> dict[str, Any]:
         "kv_cache_dtype": "auto" if dtype == "bf16" else dtype,
         "defaults": False,
         "fa3": False,
+        "overlap": False,
     }
     for word in words:
         key, _, value = word.partition("=")
@@ -57,7 +59,7 @@ def options_of(name: str) -> dict[str, Any]:
             ours["decode"] = "decompress"
         elif key in ("calibration", "window", "window_pool_fraction", "recompute_window") and value:
             ours[key] = value if key == "calibration" else json.loads(value)
-        elif key in ("defaults", "fa3"):
+        elif key in ("defaults", "fa3", "overlap"):
             found[key] = True
         else:
             raise ValueError(f"configs: wanted known options in {name!r}, got +{word}")
@@ -103,6 +105,10 @@ class Bench:
         options = options_of(name)
         if options["fa3"]:
             _unforce_flash_attention_2()
+        if options["overlap"]:
+            from turbokv.integrations.vllm.attention import steps_cuda
+
+            steps_cuda.OVERLAP_DECODE = True
         import torch
         from vllm import LLM
 

@@ -3,6 +3,7 @@
 """Time store and decode where a server runs them: among the matrix products of a layer.
 
     python scripts/bench_step.py --presets 4,4 5,3 --cells 1x8K,1x32K,16x8K --keeps plain centred
+    python scripts/bench_step.py --storing apart overlapped
 
 A benchmark of one kernel keeps its instructions in the caches. Here a CUDA graph holds layers of
 Qwen3-8B's shape: 0.4 GB of weights run through L2 between two decode kernels, and every layer has
@@ -34,6 +35,7 @@ QO_HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, PAGE = 32, 8, 128, 4096, 122
 WINDOW, TILE = 128, 16
 KEEPS = ("plain", "window", "centred")  # the last has the window as well
 REPLAYS = 3
+STORING = ("apart", "overlapped", "none")
 
 
 def parse_cell(text: str) -> tuple[int, int]:
@@ -100,8 +102,8 @@ class Layers:
             decode["k_offset"] = torch.randn(segments, KV_HEADS, HEAD_DIM, device=self.device)
         return store, decode
 
-    def graph(self, batch: int, length: int, with_store: bool, keeps: str = "plain") -> Any:
-        """Capture a step of all layers."""
+    def graph(self, batch: int, length: int, storing: str, keeps: str = "plain") -> Any:
+        """Capture a step of all layers. ``storing``: one of ``STORING``."""
         linear = torch.nn.functional.linear
         per = -(-length // PAGE)
         index = torch.arange(batch * per, dtype=torch.int32, device=self.device)
@@ -129,8 +131,10 @@ class Layers:
                 # stands for the rotary embedding: a kernel that lets none start before it has ended
                 q = q * 1.0
                 formats = (self.k_format, self.v_format, PAGE)
-                if with_store:
-                    cuda.store(k, v, slots, pages, *formats, **kept[0])
+                overlapped = storing == "overlapped"
+                if storing != "none":
+                    given = {**kept[0], "launch_dependents": overlapped}
+                    cuda.store(k, v, slots, pages, *formats, **given)
                 attended = cuda.decode(
                     q,
                     pages,
@@ -139,6 +143,7 @@ class Layers:
                     kv_lens=lens,
                     sm_scale=HEAD_DIM**-0.5,
                     workspace=workspace,
+                    early_loads=overlapped,
                     **kept[1],
                 )
                 gate, up = linear(linear(attended.flatten(1), out), gate_up).chunk(2, dim=-1)
@@ -187,6 +192,13 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["4,4"], help="widths of K and V")
     parser.add_argument("--cells", default="1x8K,1x32K,16x8K")
     parser.add_argument("--keeps", nargs="+", choices=KEEPS, default=["plain", "centred"])
+    parser.add_argument(
+        "--storing",
+        nargs="+",
+        choices=STORING,
+        default=["apart", "none"],
+        help="store ends before decode starts, or decode starts while it runs, or there is none",
+    )
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args()
@@ -199,13 +211,12 @@ def main() -> None:
         k_bits, v_bits = map(int, preset.split(","))
         layers = Layers(args.layers, (k_bits, v_bits), most, device)
         for cell, (batch, length) in cells.items():
-            for keeps, with_store in itertools.product(args.keeps, (True, False)):
-                found = measure(layers.graph(batch, length, with_store, keeps), args.layers)
-                row = {"preset": preset, "cell": cell, "keeps": keeps, "with_store": with_store}
+            for keeps, storing in itertools.product(args.keeps, args.storing):
+                found = measure(layers.graph(batch, length, storing, keeps), args.layers)
+                row = {"preset": preset, "cell": cell, "keeps": keeps, "storing": storing}
                 rows.append({**row, **found})
                 figures = ", ".join(f"{name[:-3]} {us:.1f}" for name, us in found.items())
-                store = "with" if with_store else "without"
-                print(f"{preset} {cell} {keeps} {store} store: {figures}", flush=True)
+                print(f"{preset} {cell} {keeps} storing {storing}: {figures}", flush=True)
         del layers
     if args.json is not None:
         args.json.write_text(

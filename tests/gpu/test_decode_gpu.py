@@ -133,8 +133,11 @@ def test_steps_without_uncentred_keys_and_with_few(pair: tuple[int, int], marked
     check(problem)
 
 
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("q_lens", [(), (5, 1, 2, 1, 16)])
-def test_old_pages_are_read_before_a_store_of_new_tokens_ends(q_lens: tuple[int, ...]) -> None:
+def test_old_pages_are_read_before_a_store_of_new_tokens_ends(
+    q_lens: tuple[int, ...], overlapped: bool
+) -> None:
     """With early_loads a step that has any token of the queries waits for the kernel before."""
     problem = Problem(Case(lens=(5000, 64, 65, 1, 300), q_lens=q_lens, page_size=64))
     arguments = problem.arguments()
@@ -148,7 +151,8 @@ def test_old_pages_are_read_before_a_store_of_new_tokens_ends(q_lens: tuple[int,
     for _ in range(20):
         k, v = (torch.randn(len(slot_mapping), heads, dim, device=DEVICE).half() for _ in range(2))
         arguments["out"].fill_(float("nan"))
-        cuda.store(k, v, slot_mapping, arguments["pages"], *fmt.values(), 64)
+        into = (slot_mapping, arguments["pages"], *fmt.values(), 64)
+        cuda.store(k, v, *into, launch_dependents=overlapped)
         cuda.decode(**arguments, early_loads=True)
         early = arguments["out"].clone()
         cuda.decode(**arguments)

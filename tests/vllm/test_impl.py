@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -37,3 +38,49 @@ def test_counts_of_a_step_are_plain_integers() -> None:
     for name, value in counts.items():
         assert type(getattr(found, name)) is int
         assert getattr(found, name) == value
+
+
+def single(**changes: Any) -> Any:
+    from turbokv.integrations.vllm.attention.metadata import TurboKVMetadata
+
+    tensor = torch.zeros(1, dtype=torch.int32, device="cpu")
+    counts = {"num_decodes": 3, "num_decode_tokens": 3, "max_decode_len": 1, "num_tokens": 4}
+    given = counts | changes
+    return TurboKVMetadata(**given, seq_lens=tensor, block_table=tensor, query_start_loc=tensor)
+
+
+def test_steps_of_single_tokens_are_known() -> None:
+    assert single().is_single_tokens
+    assert not single(max_decode_len=2).is_single_tokens
+    assert not single(num_decodes=0, num_decode_tokens=0, max_decode_len=0).is_single_tokens
+    planned = single(plan_prefill=lambda metadata: None)
+    assert not planned.is_single_tokens
+    assert not single(prefill=(object(),)).is_single_tokens
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("single_tokens", [False, True])
+def test_decode_starts_beside_the_store_only_where_that_is_asked_for(
+    overlap: bool, single_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbokv.integrations.vllm.attention import steps_cuda
+
+    calls: dict[str, dict[str, Any]] = {}
+    for name in ("store", "decode"):
+        monkeypatch.setattr(
+            steps_cuda.cuda, name, lambda *a, _name=name, **given: calls.update({_name: given})
+        )
+    monkeypatch.setattr(steps_cuda, "OVERLAP_DECODE", overlap)
+    layer = MagicMock(k_matrix=None, q_matrix=None)
+    x = torch.zeros(1, 1, 64, device="cpu")
+    steps_cuda.store(layer, x, x, x, x, 16, None, None, single_tokens=single_tokens)
+    steps_cuda.decode(
+        *(layer, x, x, 16, x, x, None, 1, None, x, None),
+        sm_scale=1.0,
+        sliding_window=None,
+        logits_soft_cap=0.0,
+        sinks=None,
+        single_tokens=single_tokens,
+    )
+    assert calls["store"]["launch_dependents"] is (overlap and single_tokens)
+    assert calls["decode"]["early_loads"] is (overlap and single_tokens)

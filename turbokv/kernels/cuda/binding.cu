@@ -260,7 +260,7 @@ void StoreOperator(Tensor k, Tensor v, Tensor slot_mapping, Tensor pages, std::s
                    std::string v_text, int64_t page_size, optional_tensor_t positions,
                    optional_tensor_t k_offset, optional_tensor_t k_rotated,
                    optional_tensor_t v_rotated, optional_tensor_t tile_slots,
-                   optional_tensor_t window) {
+                   optional_tensor_t window, bool launch_dependents) {
   const vector_format_t &k_format = Format(k_text), &v_format = Format(v_text);
   const int head_dim = k_format.head_dim, padded_dim = PaddedDim(head_dim);
   Check(k, "k", kFloats, {-1, -1, head_dim}, -1);
@@ -292,6 +292,7 @@ void StoreOperator(Tensor k, Tensor v, Tensor slot_mapping, Tensor pages, std::s
   p.slot_mapping = static_cast<const int64_t*>(slot_mapping.const_data_ptr());
   p.positions = Data<int64_t>(positions);
   p.k_offset = Data<float>(k_offset);
+  p.launch_dependents = launch_dependents;
   p.rotated_dtype = dtype_t::kFloat16;
   const auto rotated = [&](const optional_tensor_t& x, const char* name, void*& data,
                            int64_t& token_stride, int64_t& head_stride) {
@@ -545,7 +546,8 @@ STABLE_TORCH_LIBRARY(turbokv, m) {
       "store(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) pages, str k_format, str "
       "v_format, "
       "SymInt page_size, Tensor? positions, Tensor? k_offset, Tensor(b!)? k_rotated, "
-      "Tensor(c!)? v_rotated, Tensor? tile_slots, Tensor(d!)? window) -> ()");
+      "Tensor(c!)? v_rotated, Tensor? tile_slots, Tensor(d!)? window, "
+      "bool launch_dependents=False) -> ()");
   m.def(
       "decompress(Tensor pages, str k_format, str v_format, SymInt page_size, Tensor kv_indices, "
       "Tensor(a!)? out_k, Tensor(b!)? out_v, SymInt first_token, Tensor? token_begin, "

@@ -230,6 +230,7 @@ def store(
     v_rotated: Tensor | None = None,
     tile_slots: Tensor | None = None,
     window: Tensor | None = None,
+    launch_dependents: bool = False,
 ) -> None:
     """Compress new tokens and write them to their slots in one launch; no other byte changes.
 
@@ -258,6 +259,12 @@ def store(
     tile_slots, window
         int32 ``[num_pages, page_size // 16]`` and float16 ``[num_slots, num_kv_heads, 2, 16,
         padded_dim]``, contiguous: a token whose tile has a slot of 0 or more is written there too.
+    launch_dependents
+        Whether the next kernel in the stream may start while this one runs, once the kernel before
+        has ended (sm_90 and up; not after a batch of some hundred tokens). It then has to wait
+        (``griddepcontrol.wait``) before it reads what this call writes: :func:`decode` with
+        ``early_loads`` reads other things before it waits. Kernels that know nothing of it start
+        as ever.
 
     Raises
     ------
@@ -308,6 +315,7 @@ def store(
         v_rotated,
         tile_slots,
         window,
+        launch_dependents,
     )
 
 

@@ -213,6 +213,7 @@ inline void Opaque(float&) {}
 inline bool ElectOne() { return Lane() == 0; }
 inline void WaitForPrimary() {}
 inline void LaunchDependents() {}
+inline void LaunchDependentsIf(bool) {}
 inline void BulkPrefetch(const void*, int) {}
 inline void Prefetch(const void*) {}
 

@@ -356,6 +356,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             kv_cache.shape[2],
             positions,
             tile_slots,
+            single_tokens=metadata is not None and metadata.is_single_tokens,
         )
 
     def forward(
@@ -456,6 +457,7 @@ class TurboKVImpl(AttentionImpl[TurboKVMetadata]):  # type: ignore[misc]
             sliding_window=self.shape.sliding_window,
             logits_soft_cap=self.shape.logits_soft_cap,
             sinks=self.attention_sinks.logits,
+            single_tokens=md.is_single_tokens,
         )
 
 

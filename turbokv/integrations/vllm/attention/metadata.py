@@ -105,6 +105,12 @@ class TurboKVMetadata(AttentionMetadata):  # type: ignore[misc]
         for name in ("num_decodes", "num_decode_tokens", "max_decode_len", "num_tokens"):
             setattr(self, name, operator.index(getattr(self, name)))
 
+    @property
+    def is_single_tokens(self) -> bool:
+        """Whether every request of the step has one token, for the decode kernel."""
+        rest = self.prefill or self.sliced is not None or self.plan_prefill is not None
+        return self.max_decode_len == 1 and not rest
+
     def complete(self) -> None:
         """Plan what was put off until a layer attends: not all metadata is ever used."""
         if self.plan_prefill is not None:

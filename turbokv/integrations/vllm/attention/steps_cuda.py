@@ -16,6 +16,11 @@ from turbokv.integrations.vllm import compat
 from turbokv.integrations.vllm.attention.layer import CacheLayer, apply_attention_sinks
 from turbokv.kernels import cuda
 
+# Whether decode may start while the store before it runs, in steps whose requests have one token
+# each. Not served with: a request of the same step may read, as an old token, one that another
+# stores, since vLLM finds full blocks of requests that it schedules in the same step.
+OVERLAP_DECODE = False
+
 
 def prepare(layer: CacheLayer) -> None:
     """Load or compile the kernels of a layer, so that serving never waits for a compiler."""
@@ -70,8 +75,13 @@ def store(
     page_size: int,
     positions: Tensor | None,
     tile_slots: Tensor | None,
+    *,
+    single_tokens: bool = False,
 ) -> None:
-    """Compress fresh tokens into their slots, and keep 16-bit copies where a tile has one."""
+    """Compress fresh tokens into their slots, and keep 16-bit copies where a tile has one.
+
+    ``single_tokens`` says that every request of the step has one token.
+    """
     cuda.store(
         map_keys(layer, k),
         v,
@@ -84,6 +94,7 @@ def store(
         k_offset=layer.k_offset,
         tile_slots=tile_slots,
         window=layer.copies if tile_slots is not None else None,
+        launch_dependents=OVERLAP_DECODE and single_tokens,
     )
 
 
@@ -135,6 +146,7 @@ def decode(
     sliding_window: int | None,
     logits_soft_cap: float,
     sinks: Tensor | None,
+    single_tokens: bool = False,
 ) -> None:
     """Attend to compressed pages in one launch, after one that maps queries; graph-safe."""
     cuda.decode(
@@ -156,6 +168,7 @@ def decode(
         window=layer.copies if tile_slots is not None else None,
         k_offset=layer.k_offset_rotated,
         workspace=workspace,
+        early_loads=OVERLAP_DECODE and single_tokens,
     )
 
 

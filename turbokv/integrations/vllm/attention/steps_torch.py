@@ -61,6 +61,8 @@ def store(
     page_size: int,
     positions: Tensor | None,
     tile_slots: Tensor | None,
+    *,
+    single_tokens: bool = False,
 ) -> None:
     """Compress fresh tokens into their slots, and keep 16-bit copies where a tile has one."""
     keep = (slot_mapping[: k.shape[0]] >= 0).nonzero()[:, 0]
@@ -200,6 +202,7 @@ def decode(
     sliding_window: int | None,
     logits_soft_cap: float,
     sinks: Tensor | None,
+    single_tokens: bool = False,
 ) -> None:
     """Attend to compressed pages."""
     q = map_queries(layer, q)

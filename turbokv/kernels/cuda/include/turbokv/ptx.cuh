@@ -198,6 +198,19 @@ __device__ __forceinline__ void LaunchDependents() {
 #endif
 }
 
+/*! \brief The same if `launches`: without a branch. */
+__device__ __forceinline__ void LaunchDependentsIf(bool launches) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred launches;\n"
+      "setp.ne.s32 launches, %0, 0;\n"
+      "@launches griddepcontrol.launch_dependents;\n"
+      "}" ::"r"(static_cast<int>(launches))
+      : "memory");
+#endif
+}
+
 /*! \brief Bring `bytes` (a multiple of 16) to L2. */
 __device__ __forceinline__ void BulkPrefetch(const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 900

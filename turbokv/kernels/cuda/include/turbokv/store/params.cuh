@@ -26,6 +26,9 @@ struct store_params_t {
   int64_t k_rotated_token_stride, k_rotated_head_stride;
   int64_t v_rotated_token_stride, v_rotated_head_stride;
   dtype_t rotated_dtype;  // kFloat16 or kBFloat16
+  // Whether the kernel of small batches lets the next one start once the kernel before has ended;
+  // that of large batches never does.
+  bool launch_dependents;
 };
 
 namespace store_detail {

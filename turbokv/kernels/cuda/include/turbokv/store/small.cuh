@@ -279,6 +279,7 @@ TURBOKV_DEVICE void StoreSmall(const Params& params) {
   bool centring = false;
   if constexpr (!kPlain) centring = ROLE == role_t::kKey && params.call.k_offset != nullptr;
   ptx::WaitForPrimary();
+  ptx::LaunchDependentsIf(params.launch_dependents);
   if (row >= 0) {
     TURBOKV_UNROLL
     for (int q = 0; q < C::kQuads; ++q) {

@@ -45,6 +45,7 @@ struct small_params_t {
   const int64_t* slot_mapping;
   int32_t nnz, warps;         // warps of a CTA
   int32_t tile_bytes, shift;  // tiles of a page as a power of two; -1 if they are none
+  bool launch_dependents;
   small_role_t<PADDED_DIM> roles[2];
 };
 
@@ -89,6 +90,7 @@ inline void FillSmall(const store_params_t& call, int warps, small_params_t<PADD
   to.page_stride = call.kv.page_stride, to.head_stride = call.kv.head_stride;
   to.slot_mapping = call.slot_mapping;
   to.nnz = call.nnz, to.warps = warps;
+  to.launch_dependents = call.launch_dependents;
   to.tile_bytes =
       TileLayout(PADDED_DIM, call.k_format.codebook.bits, call.v_format.codebook.bits).bytes;
   to.shift = -1;
