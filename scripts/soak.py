@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -69,6 +69,25 @@ TINY = {
     "tie_word_embeddings": True,
     "initializer_range": 0.04,
     "dtype": "bfloat16",
+}
+
+
+# What is not said, on vLLM's CPU engine and on a GPU.
+SMALL: dict[str, Any] = {
+    "connector": "MemoryConnector",
+    "streams": 10,
+    "window": 64,
+    "turns": 6,
+    "longest": 224,
+    "block_size": 32,
+}
+LARGE: dict[str, Any] = {
+    "connector": "OffloadingConnector",
+    "streams": 256,
+    "window": 128,
+    "turns": 10,
+    "longest": 1536,
+    "block_size": 64,
 }
 
 
@@ -410,41 +429,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cpu = on_cpu()
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--streams", type=int, default=10 if cpu else 256)
     parser.add_argument("--model", default="tiny", help="tiny, smollm2 or a folder with weights")
     parser.add_argument("--cache-dtype", default="tq4")
+    parser.add_argument("--speculation", default="ngram", choices=("ngram", "none"))
     parser.add_argument(
         "--connector",
-        default="MemoryConnector" if cpu else "OffloadingConnector",
-        help="OffloadingConnector, SimpleCPUOffloadConnector, MemoryConnector (ours) or none",
+        help="OffloadingConnector, SimpleCPUOffloadConnector, MemoryConnector or none",
     )
-    parser.add_argument("--speculation", default="ngram", choices=("ngram", "none"))
-    parser.add_argument("--window", type=int, default=64 if cpu else 128)
-    parser.add_argument("--turns", type=int, default=6 if cpu else 10)
-    parser.add_argument("--longest", type=int, default=224 if cpu else 1536, help="of prompts")
-    parser.add_argument("--block-size", type=int, default=32 if cpu else 64)
-    parser.add_argument("--blocks", type=int, help="default: for half of the streams")
+    for name, meaning in (
+        ("streams", "under way at a time"),
+        ("window", "tokens in 16 bits"),
+        ("turns", "after each of which something is done"),
+        ("longest", "prompt"),
+        ("block-size", "tokens"),
+        ("blocks", "of the cache; by default for a third of the streams"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=f"{meaning}; fewer on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
+    cpu = on_cpu()
+    for name, value in (SMALL if cpu else LARGE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     each = -(-args.longest // args.block_size)
-    blocks = args.blocks or max(2 * each + 2, args.streams * each // 3)
-    plan = Plan(
-        args.seconds,
-        args.streams,
-        args.model,
-        args.cache_dtype,
-        args.connector,
-        args.speculation,
-        args.window,
-        args.turns,
-        args.longest,
-        blocks,
-        args.block_size,
-        args.seed,
-    )
+    if args.blocks is None:
+        args.blocks = max(2 * each + 2, args.streams * each // 3)
+    plan = Plan(**{field.name: getattr(args, field.name) for field in fields(Plan)})
     from turbokv.integrations.vllm import plugin
 
     plugin.register()
