@@ -156,7 +156,7 @@ struct attention_t {
     const int oldest = newest - (end - 1 - begin);
     first_segment = max(first_segment, oldest * C::kStepTokens / kTokensPerSegment);
     const int segments = min(last_segment, p.num_segments - 1) - first_segment + 1;
-    if (begin != item.begin) __syncthreads();  // others still read those of the pass before
+    if (begin != item.begin) __syncthreads();
     ScoreOffsets<C>(p, item.head, first_segment, segments, cta.at, cta.rows, cta.shared.columns,
                     cta.offsets);
     __syncthreads();
@@ -176,7 +176,7 @@ struct attention_t {
     bool is_clear = step >= clear_begin && step < clear_end;
     if constexpr (C::kAllFeatures) {
       if (copies != 0) Postpone(copies, token0);
-      is_clear = is_clear && copies == 0 && !mask.capped;
+      is_clear = is_clear && copies == 0 && !mask.capped && !AnyUncentred(stage);
     }
     // where there are registers for two
     constexpr bool kTwoBodies =
@@ -191,14 +191,29 @@ struct attention_t {
     stream.ring.Advance();
   }
 
+  /*! \brief Whether a key of a step was stored uncentred, which the sign of its scale says; false
+   * if keys have no offsets. Tiles with copies are not there: their steps are not asked. */
+  __device__ __forceinline__ bool AnyUncentred(const uint8_t* stage) const {
+    if (cta.p.k_offset_rotated == nullptr) return false;
+    uint32_t marks = 0;
+#pragma unroll
+    for (int i = 0; i < C::kTiles; i += 2) {
+      const int tile = min(i + cta.at.lane / 16, C::kTiles - 1);
+      marks |= *reinterpret_cast<const uint32_t*>(stage + tile * C::kTile + C::kScales +
+                                                  cta.at.lane % 16 * 4);
+    }
+    return __any_sync(~0u, marks & 0x8000u);
+  }
+
   /*! \brief Attend to a step; without RARE every row sees all of it as it is in the codes. */
   template <bool RARE>
   __device__ __forceinline__ void Attend(const uint8_t* stage, int token0, uint32_t copies) {
     scores_t<C, C::kTiles> scores;
     float offset[C::kLaneColumns];
-    LoadOffset(token0, offset);
-    ScoreTiles<C>(stage, query, cta.launch.k_table, offset, cta.at, scores);
-    if constexpr (RARE) Mask(token0, copies, scores);
+    uint32_t marks = 0;
+    const bool has_offset = LoadOffset(token0, offset);
+    ScoreTiles<C>(stage, query, cta.launch.k_table, offset, cta.at, scores, marks);
+    if constexpr (RARE) Mask(stage, token0, copies, has_offset, marks, offset, scores);
     AccumulateTiles<C>(stage, scores, query.unit, cta.zero, cta.launch.v_table,
                        cta.launch.v_negative, cta.at, state);
   }
@@ -214,9 +229,9 @@ struct attention_t {
     num_pending += __popc(copies);
   }
 
-  /*! \brief Score of the part of K that the step's segment shares, zero if there is none. */
-  __device__ __forceinline__ void LoadOffset(int token0, float (&offset)[C::kLaneColumns]) const {
-    if constexpr (!C::kAllFeatures) return;
+  /*! \brief Score of the part of K that the step's segment shares; false if there is none. */
+  __device__ __forceinline__ bool LoadOffset(int token0, float (&offset)[C::kLaneColumns]) const {
+    if constexpr (!C::kAllFeatures) return false;
     const int segment = token0 / kTokensPerSegment;
     const bool has = cta.p.k_offset_rotated != nullptr && segment < cta.p.num_segments;
 #pragma unroll
@@ -224,16 +239,21 @@ struct attention_t {
       const int at = (segment - first_segment) * C::kColumns + cta.at.column(x);
       offset[x] = has ? cta.offsets[at] : 0.f;
     }
+    return has;
   }
 
   /*! \brief What few steps need, behind one branch. */
-  __device__ __forceinline__ void Mask(int token0, uint32_t copies,
+  __device__ __forceinline__ void Mask(const uint8_t* stage, int token0, uint32_t copies,
+                                       bool has_offset, uint32_t marks,
+                                       const float (&offset)[C::kLaneColumns],
                                        scores_t<C, C::kTiles>& scores) const {
     if constexpr (!C::kAllFeatures) {
       mask.HideTokens(token0, scores);
     } else {
       const bool masked = mask.IsMasked(token0);
-      if (masked || mask.capped || copies != 0) {
+      const bool uncentred = has_offset && __any_sync(~0u, marks & 0x8000u);
+      if (uncentred || masked || mask.capped || copies != 0) {
+        if (uncentred) mask.TakeOffsets(stage, offset, scores);
         if (mask.capped) mask.CapScores(scores);
         if (masked) mask.HideTokens(token0, scores);
         if (copies != 0) mask.HideTiles(copies, scores);

@@ -81,9 +81,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       uint32_t query_bits[C::kLane];  // of the row that this warp rotates first
       if (!launch.early) LoadQuery<C>(p, item, cta.group, at.warp, at.lane, query_bits);
       if (is_first) {
-        if (C::kAllFeatures && p.k_offset_rotated != nullptr) {
-          PrefetchOffsets<C>(p, item, launch.early, at);
-        }
+        if (C::kAllFeatures && p.k_offset_rotated != nullptr) PrefetchOffsets<C>(p, item, at);
         stream.Start(launch.early);
         if (launch.early && !rehearses) JoinStream<C>();
       }

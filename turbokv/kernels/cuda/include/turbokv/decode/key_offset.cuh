@@ -17,29 +17,17 @@
 namespace turbokv {
 namespace decode_detail {
 
-/*! \brief Bring nearer the offsets of this CTA's part of an item, the newest first: their scores
- * would have to wait for them.
- *
- *  \param early  Whether the kernel before may still write them, so that they come to L2 only.
- */
+/*! \brief Bring an item's offsets to L2: their scores would have to wait for them. */
 template <class C>
 __device__ __forceinline__ void PrefetchOffsets(const decode_params_t& p, const item_t& item,
-                                                bool early, const lane_t<C>& at) {
+                                                const lane_t<C>& at) {
   constexpr int kLines = C::kHeadDim * 4 / 128;
-  constexpr int kStepsPerSegment = kTokensPerSegment / C::kStepTokens;
-  const int oldest_step = item.newest_step - (item.end - item.begin - 1);
-  const int last = min(item.newest_step / kStepsPerSegment, p.num_segments - 1);
-  const int lines = (last - oldest_step / kStepsPerSegment + 1) * kLines;
-#pragma unroll 1
-  for (int i = at.thread; i < min(lines, kSegmentsPerPass * kLines); i += C::kThreads) {
+  const int last = min(item.request.length / kTokensPerSegment, p.num_segments - 1);
+  for (int i = at.thread; i < (last + 1) * kLines && i < kSegmentsPerPass * kLines;
+       i += C::kThreads) {
     const int64_t segment = last - i / kLines;
-    const float* const from =
-        p.k_offset_rotated + (segment * p.num_kv_heads + item.head) * C::kHeadDim + i % kLines * 32;
-    if (early) {
-      ptx::Prefetch(from);
-    } else {
-      ptx::Touch(from);
-    }
+    ptx::Prefetch(p.k_offset_rotated + (segment * p.num_kv_heads + item.head) * C::kHeadDim +
+                  i % kLines * 32);
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What few steps need: tokens that a row may not see, a cap on scores, tiles that are attended to
-// by their 16-bit copies.
+// What few steps need: tokens that a row may not see, a cap on scores, keys that were stored
+// uncentred, tiles that are attended to by their 16-bit copies.
 #ifndef TURBOKV_DECODE_MASK_CUH_
 #define TURBOKV_DECODE_MASK_CUH_
 
@@ -102,6 +102,23 @@ struct mask_t {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           scores.s[i][half][x] = Cap(scores.s[i][half][x] * unit);
+        }
+      }
+    }
+  }
+
+  /*! \brief Take the segment's offset away where a key was stored uncentred. */
+  __device__ __forceinline__ void TakeOffsets(const uint8_t* stage,
+                                              const float (&offset)[C::kLaneColumns],
+                                              scores_t<C, C::kTiles>& scores) const {
+#pragma unroll
+    for (int i = 0; i < C::kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* scale = stage + i * C::kTile + C::kScales + (at.g + half * 8) * 4;
+        if (*reinterpret_cast<const uint32_t*>(scale) & 0x8000u) {
+#pragma unroll
+          for (int x = 0; x < C::kLaneColumns; ++x) scores.s[i][half][x] -= offset[x];
         }
       }
     }

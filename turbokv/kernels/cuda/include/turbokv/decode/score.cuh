@@ -60,14 +60,15 @@ __device__ __forceinline__ void MultiplyKeys(const uint8_t* tile, const query_fr
 
 /*! \brief Score a step.
  *
- *  \param offset  Score of the part of K that the step's segment shares, for this lane's columns:
- *                 that of keys that were stored centred.
+ *  \param offset  Score of the part of K that the step's segment shares, for this lane's columns.
+ *  \param marks   Receives in bit 15 whether any key of this lane was stored uncentred.
  */
 template <class C>
 __device__ __forceinline__ void ScoreTiles(const uint8_t* stage, const query_fragments_t<C>& query,
                                            const table_t& k_table,
                                            const float (&offset)[C::kLaneColumns],
-                                           const lane_t<C>& at, scores_t<C, C::kTiles>& scores) {
+                                           const lane_t<C>& at, scores_t<C, C::kTiles>& scores,
+                                           uint32_t& marks) {
 #pragma unroll
   for (int i = 0; i < C::kTiles; ++i) {
     const uint8_t* tile = stage + i * C::kTile;
@@ -77,10 +78,9 @@ __device__ __forceinline__ void ScoreTiles(const uint8_t* stage, const query_fra
     for (int half = 0; half < 2; ++half) {
       const __half2 scales =
           *reinterpret_cast<const __half2*>(tile + C::kScales + (at.g + half * 8) * 4);
+      if constexpr (C::kAllFeatures) marks |= *reinterpret_cast<const uint32_t*>(&scales);
       scores.v_scale[i][half] = __high2float(scales);
       // the sign of K's scale says that a key is not centred
-      const bool centred =
-          C::kAllFeatures && (*reinterpret_cast<const uint32_t*>(&scales) & 0x8000u) == 0;
       const float k_scale = fabsf(__low2float(scales));
 #pragma unroll
       for (int x = 0; x < C::kLaneColumns; ++x) {
@@ -91,8 +91,7 @@ __device__ __forceinline__ void ScoreTiles(const uint8_t* stage, const query_fra
           high = acc[x / 2][2 * half + x % 2], low = acc[C::kTermBlocks + x / 2][2 * half + x % 2];
         }
         const float dot = static_cast<float>(high * 256 + low);
-        scores.s[i][half][x] =
-            C::kAllFeatures ? fmaf(dot, k_scale, centred ? offset[x] : 0.f) : dot * k_scale;
+        scores.s[i][half][x] = C::kAllFeatures ? fmaf(dot, k_scale, offset[x]) : dot * k_scale;
       }
     }
   }
