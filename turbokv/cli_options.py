@@ -98,10 +98,10 @@ def time_left() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def check_compute(dtype: str, device: str, threads: int) -> None:
+def check_compute(dtype: str, device: str, threads: int, *, offline: bool = True) -> None:
     """Refuse what no model could run with; the import of PyTorch that a user waits for."""
-    # Nothing here may reach for the network: every model is a local path.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if offline:  # nothing may reach for the network: every model is a local path
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
 
     from turbokv.codec import usable_device

@@ -47,7 +47,7 @@ def check_turbokv(words: list[str], *, whole: bool = True) -> None:
         return  # an option named without its value
     presets = context.params.get("presets") or context.params.get("preset") or ""
     for name in presets.split(","):
-        if name not in ("", "all", "short", "none"):
+        if name not in ("", "all", "short", "none", "full"):
             word = name.split("+")[0]
             assert preset_widths(word) is not None and (word in PRESETS or words[0] == "eval")
 
