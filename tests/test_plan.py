@@ -138,9 +138,11 @@ def test_llama_agrees_with_the_hand_calculation() -> None:
     assert tq4.bits_per_number == pytest.approx(4.125)
     assert bf16.tokens == 59_101_405_184 // 131_072
     assert bf16.sequences == 59_101_405_184 // (131_072 * 32768)
-    assert tq4.recent_bytes == int(0.02 * 59_101_405_184)
+    slot = 32 * 8 * 2 * 16 * 128 * 2
+    assert tq4.recent_bytes == int(0.05 * 59_101_405_184) // slot * slot
+    assert tq4.whole_windows == tq4.recent_bytes // slot // 10
     assert tq4.tokens == (59_101_405_184 - tq4.recent_bytes) // (32 * 8 * 132)
-    assert tq4.ratio == pytest.approx(512 / 132 * 0.98)
+    assert tq4.ratio == pytest.approx(512 / 132 * (1 - tq4.recent_bytes / found.cache_bytes))
     assert found.notes == ()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: turbokv demo | eval | calibrate | plan | serve | doctor."""
+"""The command line: turbokv demo | eval | tasks | calibrate | plan | serve | doctor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import typer
 
 from turbokv import cli_options as common
 from turbokv.cli_eval import evaluate
+from turbokv.cli_tasks import tasks
 from turbokv.files import check_writable
 from turbokv.presets import PRESETS, preset_name
+from turbokv.window_pool import FRACTION
 
 app = typer.Typer(
     help="KV caches of language models at 2 to 5 bits per number.",
@@ -86,6 +88,7 @@ def demo(
 
 
 app.command("eval")(evaluate)
+app.command("tasks")(tasks)
 
 
 @app.command()
@@ -186,8 +189,11 @@ def plan(
     ] = None,
     reserve: Annotated[float, typer.Option(help="GiB for activations and graphs.")] = 2.0,
     recent_fraction: Annotated[
-        float, typer.Option(help="Share of the cache for 16-bit copies of the newest tokens.")
-    ] = 0.02,
+        float, typer.Option(help="Most of the cache for 16-bit copies of the newest tokens.")
+    ] = FRACTION,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Running requests that the copies are for.")
+    ] = 256,
     presets: Annotated[str, typer.Option(help="Comma list such as tq4,tq_k5v3; or all.")] = "all",
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share every layer.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Stages of layers, each on its own GPUs.")] = 1,
@@ -209,6 +215,7 @@ def plan(
         weight_bits=weight_bits,
         activation_reserve=reserve,
         recent_fraction=recent_fraction,
+        max_num_seqs=max_num_seqs,
         presets=common.names(presets, tuple(PRESETS)),
         tensor_parallel=tp,
         pipeline_parallel=pp,

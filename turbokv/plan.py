@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from turbokv.core import padded_dim
 from turbokv.engine_pages import BATCH_TOKENS, PageKind, vllm_tokens
 from turbokv.model_config import (
     LayerGroup,
@@ -27,6 +28,7 @@ from turbokv.model_config import (
 from turbokv.model_weights import Rank, Weights, count_weights
 from turbokv.paged import PAGE_BITS, TILE, PageLayout
 from turbokv.presets import PRESETS, preset_name, preset_widths
+from turbokv.window_pool import FRACTION, pool_slots, slot_bytes, whole_windows
 
 GIB = 1 << 30
 
@@ -45,6 +47,8 @@ class CacheRow:
         A sequence of the plan's context: whole tiles, sliding windows and constant states included.
     recent_bytes
         Set aside from the cache for the 16-bit copies of the newest tokens.
+    whole_windows
+        Running requests that these copies hold all newest tokens of; more get fewer each.
     tokens
         That fit in sequences of the plan's context, the last one cut short.
     sequences
@@ -63,6 +67,7 @@ class CacheRow:
     bytes_per_token: int
     bytes_per_sequence: int
     recent_bytes: int
+    whole_windows: int
     tokens: int
     sequences: int
     longest_sequence: int | None
@@ -102,6 +107,7 @@ class Plan:
     reserve_bytes: int
     cache_bytes: int
     context: int
+    max_num_seqs: int
     rows: tuple[CacheRow, ...]
     notes: tuple[str, ...]
 
@@ -160,6 +166,24 @@ class _Format:
         return total
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """What the pool of 16-bit copies may take, and for how many running requests."""
+
+    fraction: float
+    max_num_seqs: int
+
+    def of(self, groups: Sequence[LayerGroup], cache_bytes: int) -> tuple[int, int]:
+        """Return its slots and bytes; sliding windows have copies, too."""
+        each = sum(
+            group.num_layers * slot_bytes(group.num_kv_heads, padded_dim(group.k_dim))
+            for group in groups
+            if group.kind in ("full", "sliding") and group.k_dim == group.v_dim > 32
+        )
+        slots = pool_slots(cache_bytes, each, self.max_num_seqs, fraction=self.fraction)
+        return slots, slots * each
+
+
 def _pages(form: _Format, groups: Sequence[LayerGroup], chunked: bool) -> list[PageKind] | None:
     """Return the layers as vLLM's pages hold them, None if there are kinds that are not counted."""
     kinds = []
@@ -203,7 +227,7 @@ def _rows(
     groups: Sequence[LayerGroup],
     cache_bytes: int,
     context: int,
-    recent_fraction: float,
+    pool: _Pool,
     presets: Sequence[str],
     chunked: bool,
 ) -> Iterator[CacheRow]:
@@ -214,8 +238,8 @@ def _rows(
     numbers = forms[0].growing_tile(groups) // 2
     reference = forms[0].sequence(groups, context)
     for form in forms:
-        recent = int(cache_bytes * recent_fraction) if form.preset is not None else 0
-        kept = 1 - recent_fraction if form.preset is not None else 1.0
+        slots, recent = pool.of(groups, cache_bytes) if form.preset is not None else (0, 0)
+        kept = 1 - recent / cache_bytes if cache_bytes else 1.0
         budget, sequence = cache_bytes - recent, form.sequence(groups, context)
         tile = form.growing_tile(groups)
         pages = _pages(form, groups, chunked)
@@ -225,6 +249,7 @@ def _rows(
             bytes_per_token=-(-tile // TILE),
             bytes_per_sequence=sequence,
             recent_bytes=recent,
+            whole_windows=whole_windows(slots),
             tokens=budget * context // sequence,
             sequences=budget // sequence,
             longest_sequence=_longest(form, groups, budget),
@@ -398,7 +423,8 @@ def plan(
     utilisation: float = 0.9,
     weight_bits: int | None = None,
     activation_reserve: float = 2.0,
-    recent_fraction: float = 0.02,
+    recent_fraction: float = FRACTION,
+    max_num_seqs: int = 256,
     presets: Sequence[str] = tuple(PRESETS),
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -424,7 +450,9 @@ def plan(
     activation_reserve
         GiB for activations, workspaces and CUDA graphs.
     recent_fraction
-        Share of the cache for 16-bit copies of the newest tokens (presets only).
+        Largest share of the cache for 16-bit copies of the newest tokens (presets only).
+    max_num_seqs
+        Running requests (of one copy of the model) that the copies are for; the engine's option.
     presets
         Names such as ``tq4`` and ``tq_k5v3``.
     tensor_parallel, pipeline_parallel, data_parallel
@@ -456,6 +484,11 @@ def plan(
     usable = int(gpu_bytes * _check_real("utilisation", utilisation, 0, 1))
     reserve = int(_check_real("activation_reserve", activation_reserve, 0) * GIB)
     _check_real("recent_fraction", recent_fraction, 0, 0.5)
+    if isinstance(max_num_seqs, bool) or not isinstance(max_num_seqs, int):
+        raise TypeError(f"max_num_seqs: wanted an integer, got {max_num_seqs!r}")
+    if max_num_seqs < 1:
+        raise ValueError(f"max_num_seqs: wanted 1 or more, got {max_num_seqs}")
+    pool = _Pool(recent_fraction, max_num_seqs)
     config, folder = read_model(model, model_type)
     ranks = _ranks(config, tensor_parallel, pipeline_parallel, data_parallel)
     layers = config.layers()
@@ -467,7 +500,7 @@ def plan(
         weights = count_weights(config, folder, weight_bits, [rank])
         room = max(0, usable - reserve - weights.num_bytes)
         if groups or len(ranks) == 1:
-            rows = tuple(_rows(groups, room, context, recent_fraction, presets, chunked))
+            rows = tuple(_rows(groups, room, context, pool, presets, chunked))
             stages.append((groups, weights, room, rows))
     # every stage with states has to hold those of every sequence
     groups, weights, room, rows = min(stages, key=lambda stage: stage[3][0].tokens)
@@ -485,6 +518,7 @@ def plan(
         reserve_bytes=reserve,
         cache_bytes=room,
         context=context,
+        max_num_seqs=max_num_seqs,
         rows=rows,
         notes=tuple(_notes(config, groups, context, weights, room)),
     )

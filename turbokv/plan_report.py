@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turbokv.plan import GIB, CacheRow, Plan, describe, size_text
+from turbokv.window_pool import SINKS, WINDOW
 
 _HEADINGS = (
     "bits",
@@ -95,7 +96,28 @@ def _grounds(plan: Plan) -> Iterator[str]:
         f" {needed} weights ({weights.num_params / 1e9:.2f}B parameters, {weights.source}):"
         f" {size_text(plan.cache_bytes)} of cache"
     )
+    ours = _recommended(plan)
+    if ours is not None and plan.cache_bytes:
+        yield _copies(plan, ours)
     yield from plan.notes
+
+
+def _copies(plan: Plan, row: CacheRow) -> str:
+    """Say what the pool of 16-bit copies takes, and for how many running requests it is enough."""
+    if row.recent_bytes == 0:
+        return "no 16-bit copies of the newest tokens, as their share does not hold one request's"
+    share = row.recent_bytes / plan.cache_bytes
+    if row.whole_windows >= plan.max_num_seqs:
+        enough = f"enough for {plan.max_num_seqs:,} running requests"
+    else:
+        enough = (
+            f"enough for {row.whole_windows:,} of {plan.max_num_seqs:,} running requests, with more"
+            " each keeps fewer"
+        )
+    return (
+        f"16-bit copies of the newest {WINDOW} and first {SINKS} tokens:"
+        f" {size_text(row.recent_bytes)}, {share:.1%} of the cache, {enough}"
+    )
 
 
 def render(plan: Plan) -> Group:

@@ -177,7 +177,7 @@ def test_a_window_that_does_not_fit_is_a_warning_with_the_number(
     )
     assert layer._pool_slots([layer]) == 0
     assert "no 16-bit window, though 128 tokens and 4 sinks were requested" in lines[0]
-    assert "window_pool_fraction 0.02 of a cache of about 0.004 GiB" in lines[0]
+    assert "window_pool_fraction 0.05 of a cache of about 0.004 GiB" in lines[0]
 
 
 @needs_vllm

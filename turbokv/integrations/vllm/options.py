@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from turbokv.paged import TILE
+from turbokv.window_pool import FRACTION, SINKS, WINDOW
 
 Path = Literal["native_tq", "flash_attn", "flashinfer"]
 Decode = Literal["fused", "decompress"]
@@ -45,7 +46,8 @@ class Options:
     window, sinks
         Newest and first tokens of a request that are also kept in 16 bits; 0 and 0 keep none.
     window_pool_fraction
-        Share of the cache's memory for those copies.
+        Largest share of the cache's memory for those copies; less is taken if ``max_num_seqs``
+        requests need less.
     recompute_window
         Whether the newest ``window`` tokens of a prompt are computed even if they are in the prefix
         cache, so that they are in 16 bits; otherwise they are read compressed after such a hit.
@@ -62,9 +64,9 @@ class Options:
 
     path: Path = "native_tq"
     decode: Decode = "fused"
-    window: int = 128
-    sinks: int = 4
-    window_pool_fraction: float = 0.02
+    window: int = WINDOW
+    sinks: int = SINKS
+    window_pool_fraction: float = FRACTION
     recompute_window: bool = True
     workspace_tokens: int = 32_768
     skip_layers: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ from turbokv.integrations.vllm.options import NONE, Options
 from turbokv.integrations.vllm.prefill import flashinfer
 from turbokv.integrations.vllm.prefill.flash_attention import Prefill, Workspace
 from turbokv.integrations.vllm.prefill.plan import workspace_floor
-from turbokv.integrations.vllm.window.pool import pool_slots, slots_per_request
+from turbokv.window_pool import pool_slots, slots_per_request
 
 logger = init_logger(__name__)
 

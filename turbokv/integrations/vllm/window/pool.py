@@ -31,8 +31,7 @@ newest tokens of a prefix hit do not depend on which slots survived: they are co
 connector's load, a wake from sleep) must name them to :meth:`RecentWindow.invalidate`, or call
 :meth:`RecentWindow.clear`.
 
-Bytes: a slot takes ``num_kv_heads * 2 * 16 * padded_dim * 2`` bytes per layer
-(:func:`slot_bytes`); :func:`pool_slots` sizes the pool.
+:mod:`turbokv.window_pool` says what a slot takes and how many there are.
 """
 
 from __future__ import annotations
@@ -47,59 +46,11 @@ from torch import Tensor
 
 from turbokv import kernels
 from turbokv.integrations.vllm.window import reference
-from turbokv.integrations.vllm.window.reference import window_tiles
 from turbokv.paged import TILE
+from turbokv.window_pool import window_tiles
 
 _INT32_MAX = 2**31 - 1
 _WINDOWS: weakref.WeakSet[RecentWindow] = weakref.WeakSet()
-
-
-def slot_bytes(num_kv_heads: int, padded_dim: int) -> int:
-    """Return the bytes of one slot in one layer: 16 tokens of K and V in float16."""
-    return num_kv_heads * 2 * TILE * padded_dim * 2
-
-
-def slots_per_request(window: int, sinks: int) -> int:
-    """Return how many slots one decoding request holds at most."""
-    return window_tiles(window) + (sinks > 0)
-
-
-def pool_slots(
-    cache_bytes: int,
-    bytes_per_slot: int,
-    max_num_seqs: int,
-    *,
-    fraction: float = 0.02,
-    window: int = 128,
-    sinks: int = 4,
-) -> int:
-    """Return how many slots the pool should have.
-
-    Parameters
-    ----------
-    cache_bytes
-        Memory for the cache of all layers, the pool included.
-    bytes_per_slot
-        Of all layers together: the sum of :func:`slot_bytes`.
-    max_num_seqs
-        The most requests of a step. More slots than twice what these can hold are hardly ever used.
-    fraction
-        ``window_pool_fraction``: the share of ``cache_bytes`` to spend at most.
-    window, sinks
-        As for :class:`RecentWindow`.
-
-    Returns
-    -------
-    int
-        Slots; 0 if the share does not hold one request's, where the window should be off.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"fraction: wanted 0 or more and less than 1, got {fraction}")
-    each = slots_per_request(window, sinks)
-    affordable = int(cache_bytes * fraction) // bytes_per_slot
-    # a prefilling request holds two windows for a step, and those that left may come back
-    useful = 2 * max_num_seqs * each
-    return min(affordable, useful) if affordable >= each else 0
 
 
 @dataclass(frozen=True)

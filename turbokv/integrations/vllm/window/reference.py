@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from turbokv.paged import TILE
+from turbokv.window_pool import window_tiles
 
 # Of a slot, in this step: its tile is live, is some request's first, was live in the step before,
 # is beyond the share of every request whose window it is in.
@@ -19,11 +20,6 @@ _SINK = 2
 _LEFT = 4
 _BEYOND = 8
 _STEPS, _TILES, _COMPRESSED, _WANTED, _REFUSED, _EVICTED, _IN_USE, _HAND = range(8)
-
-
-def window_tiles(window: int) -> int:
-    """Return the most tiles that ``window`` tokens in a row can touch."""
-    return 0 if window == 0 else -(-(window - 1) // TILE) + 1
 
 
 def refresh(
