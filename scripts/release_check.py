@@ -25,8 +25,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # What a reader's hub gives: the packaged model, in the folder of that name.
 SAVE_MODEL = f"""
-from turbokv.integrations.transformers.models import load_model
-loaded = load_model()
+from turbokv.integrations.transformers.converted import load_packaged
+loaded = load_packaged()
 loaded.model.save_pretrained({HUB_NAME!r})
 loaded.tokenizer.save_pretrained({HUB_NAME!r})
 """
