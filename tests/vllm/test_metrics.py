@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -112,3 +114,17 @@ def test_another_process_sees_them(tmp_path: Path) -> None:
     ).stdout
     assert 'turbokv:window_compressed_total{group="0"} 2.0' in page
     assert 'turbokv:window_slots{group="0"} 2.0' in page
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    board = json.loads((ROOT / "examples" / "turbokv-dashboard.json").read_text())
+    shown = {
+        name
+        for panel in board["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"turbokv:\w+", target["expr"])
+    }
+    counted = {f"turbokv:window_{name}_total" for name in metrics.COUNTERS}
+    assert shown == counted | {"turbokv:window_slots", "turbokv:window_slots_in_use"}
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
+    assert len(set(places)) == len({p["id"] for p in board["panels"]}) == len(board["panels"])
