@@ -126,7 +126,7 @@ def load(path: pathlib.Path | None, dtype: str, device: str) -> LoadedModel:
     import torch
 
     from turbokv.integrations.transformers import models
-    from turbokv.integrations.transformers.converted import load_packaged
+    from turbokv.integrations.transformers.converted import gguf_reported, load_packaged
 
     chosen = getattr(torch, dtype)
     with time_left() as progress:
@@ -134,7 +134,8 @@ def load(path: pathlib.Path | None, dtype: str, device: str) -> LoadedModel:
             progress("loading SmolLM2-135M-Instruct", 0, 0)
             return load_packaged(dtype=chosen, device=device, progress=progress)
         progress(f"loading {path}", 0, 0)
-        return models.load_model(path, dtype=chosen, device=device)
+        with gguf_reported(progress, f"loading {path}"):
+            return models.load_model(path, dtype=chosen, device=device)
 
 
 def read_calibration(path: str | pathlib.Path | None) -> Calibration | None:

@@ -164,6 +164,17 @@ def test_a_converted_model_is_made_once_and_is_the_same(
     assert converted.converted_folder(source) != folder
 
 
+def test_a_gguf_file_is_read_without_a_foreign_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    before = reader.tqdm
+    seen: list[tuple[str, int, int]] = []
+    with converted.gguf_reported(lambda *report: seen.append(report), "reading"):
+        assert list(reader.tqdm(range(3), desc="foreign")) == [0, 1, 2]
+    assert seen == [("reading", 0, 3), ("reading", 1, 3), ("reading", 2, 3)]
+    assert reader.tqdm is before and "foreign" not in capfd.readouterr().err
+
+
 def test_a_copy_that_cannot_be_written_is_only_a_warning(
     tiny: models.LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def load_packaged(
     source = smollm2_path()
     folder = converted_folder(source)
     if not folder.is_dir():
-        with _reported(progress):
+        with gguf_reported(progress, "converting the packaged model, once"):
             loaded = load_model(None)
         try:
             _save(loaded, folder)
@@ -97,7 +97,7 @@ def _save(loaded: LoadedModel, folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _reported(progress: Progress | None) -> Iterator[None]:
+def gguf_reported(progress: Progress | None, what: str) -> Iterator[None]:
     """Let Transformers' reader of GGUF files report to ``progress`` instead of drawing a bar."""
     reader: Any = importlib.import_module(_READER)
     bar = getattr(reader, "tqdm", None)
@@ -106,7 +106,7 @@ def _reported(progress: Progress | None) -> Iterator[None]:
         whole = list(items)
         for done, item in enumerate(whole):
             if progress is not None:
-                progress("converting the packaged model, once", done, len(whole))
+                progress(what, done, len(whole))
             yield item
 
     if bar is not None:
