@@ -22,7 +22,11 @@ ZOO = ROOT / "docs" / "model-zoo.md"
 PICTURE = ROOT / "docs" / "summary.png"
 MODELS = re.compile(r"(<!-- models: start -->\n).*?(<!-- models: end -->)", re.DOTALL)
 CACHE = re.compile(r"^\| `(\w+)` \|(.+)\|$", re.MULTILINE)
-TITLES = ("tokens that fit", "tokens/s, cache full", "divergence (KL), fp8 is 1")
+TITLES = (
+    "tokens that fit\n(more is better)",
+    "tokens/s, cache full\n(more is better)",
+    "divergence (KL), fp8 is 1\n(less is better)",
+)
 COLUMNS = (0, 2, 3)
 COLOURS = ("#9aa5ad", "#9aa5ad", "#00897b", "#00695c")
 
@@ -71,7 +75,7 @@ def draw(text: str) -> None:
     from matplotlib import pyplot
 
     found = caches(text)
-    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(9, 2.4), constrained_layout=True)
+    figure, panels = pyplot.subplots(1, len(COLUMNS), figsize=(9, 2.6), constrained_layout=True)
     for panel, column, title in zip(panels, COLUMNS, TITLES, strict=True):
         cells = [row[column] for row in found.values()]
         values = [float(cell.replace(",", "")) for cell in cells]
