@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from turbokv.model_config import ModelConfig
 from turbokv.model_modules import modules
 from turbokv.plan import _stages, plan
-from turbokv.plan import render as render_plan
+from turbokv.plan_report import render as render_plan
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",
@@ -83,7 +85,7 @@ def test_falcon_has_the_kv_heads_of_its_generation(
 def test_a_window_that_no_context_exceeds_is_full_attention() -> None:
     found = plan(PHI_35_MINI)
     assert [group.kind for group in found.layers] == ["full"]
-    assert found.row("k4v4").ratio > 2.8  # heads of 96 are stored as 128
+    assert found.row("k4v4").ratio > 2.7  # heads of 96 are stored as 128, 5% of 16-bit copies
     assert not any("nothing to compress" in note for note in found.notes)
     narrow = plan({**PHI_35_MINI, "sliding_window": 2047})
     assert [group.kind for group in narrow.layers] == ["sliding"]
@@ -258,8 +260,9 @@ def test_replicas_are_noted_not_multiplied() -> None:
     one, two = plan(LLAMA_8B), plan(LLAMA_8B, data_parallel=2)
     assert one.rows == two.rows
     assert any("one of 2 replicas" in note for note in two.notes)
-    title = str(render_plan(plan(LLAMA_8B, tensor_parallel=2, data_parallel=2)).title)
-    assert title.endswith("tp 2, dp 2")
+    shown = Console(width=120, file=io.StringIO())
+    shown.print(render_plan(plan(LLAMA_8B, tensor_parallel=2, data_parallel=2)))
+    assert ", tp 2, dp 2" in shown.file.getvalue()
 
 
 def test_latents_are_held_by_every_rank() -> None:
