@@ -92,7 +92,7 @@ def test_eval_prints_json_table_needles_and_plot(
 ) -> None:
     pytest.importorskip("matplotlib")
     plot = tmp_path / "plot.png"
-    options = ["eval", "--tokens", "128", "--passages", "2"]
+    options = ["eval", "--tokens", "128", "--passages", "2", "--text", "code"]
     options += ["--presets", "k5v3+w32", "--rivals", "fp8", "--json"]
     needles = ["--needle", "--needle-contexts", "64", "--plot", str(plot)]
     out = command.invoke(cli.app, options + needles)
@@ -101,7 +101,7 @@ def test_eval_prints_json_table_needles_and_plot(
     assert [row["name"] for row in report["rows"]] == ["fp8", "tq_k5v3+w32"]
     rival, ours = report["rows"]
     assert ours["bits"] == 4.25
-    assert len(report["starts"]) == len(ours["passages"]) == 2
+    assert len(report["texts"]["code"]["starts"]) == len(ours["passages"]) == 2
     assert [p["tokens"] for p in ours["passages"]] == [64, 64]
     assert ours["kl"] == pytest.approx(sum(p["kl"] for p in ours["passages"]) / 2)
     assert ours["kl_over_fp8"] == pytest.approx(ours["kl"] / rival["kl"])
