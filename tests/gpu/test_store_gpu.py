@@ -78,8 +78,8 @@ def test_fuzzed_stores(chunk: int) -> None:
         torch.manual_seed(seed)
         head_dim, pair = r.choice(DIMS), r.choice(PAIRS)
         heads, size = r.choice((1, 2, 5, 8)), r.choice((16, 32, 48, 2032))
-        # a small batch, 16 numbers a lane, 32
-        count = r.choice((0, 1, 15, 16, 17, 64, 200, 1500, 9000))
+        # seldom one for the kernel of large batches, as the reference is slow
+        count = r.choice((0, 1, 15, 16, 17, 64, 200)) if r.random() < 0.95 else 9000
         num_pages = -(-max(count, 1) // size) + 2
         cache = make(head_dim, pair, num_pages, heads, size)
         dtype = r.choice((torch.float32, torch.float16, torch.bfloat16))
@@ -134,20 +134,20 @@ def test_store_centres_keys_and_keeps_16_bit_copies(count: int, pair: tuple[int,
     assert torch.equal(window[copied[kept].long(), :, 1, slots[kept] % 16], rotated[1][kept])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_store_of_a_prefill_writes_the_bytes_of_the_reference(
-    head_dim: int, pair: tuple[int, int], dtype: torch.dtype
+    head_dim: int, pair: tuple[int, int]
 ) -> None:
-    """Enough numbers for 32 a lane on up to 150 multiprocessors; tiles, then single rows."""
+    """Enough numbers for the kernel of large batches on up to 150 multiprocessors."""
     heads, size = 4, 16
-    count = -(-150 * 512 * 16 // (heads * head_dim))
+    count = -(-150 * 6144 // (heads * head_dim)) + 1
+    dtype = (torch.float32, torch.float16, torch.bfloat16)[(head_dim // 64 + pair[0]) % 3]
     num_pages = count // size + 3
     cache = make(head_dim, pair, num_pages, heads, size)
     k, v = torch.randn(2, count, heads, head_dim, device=DEVICE).to(dtype)
     k[5, 1], v[7, 2] = 0, torch.inf
-    for slots in (
+    for slots in (  # whole tiles, then single rows
         torch.arange(count, device=DEVICE) + 9,
         torch.randperm(num_pages * size, device=DEVICE)[:count],
     ):
