@@ -39,7 +39,7 @@ from bench_serving import options_of
 from torch import Tensor
 
 CONFIGS = "bf16,tq4,tq_k5v3,tq3,tq2"  # vLLM's fp8 cache does not take float16
-# 2% of it, the window's share, holds the newest tokens of all prompts at once
+# the window's share of it holds the newest tokens of all prompts at once
 _CACHE_BYTES = 10 << 30
 
 
