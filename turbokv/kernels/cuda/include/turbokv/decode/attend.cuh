@@ -59,7 +59,7 @@ struct cta_t {
         query(base + plan.query),
         launch(launch) {}
 
-  /*! \brief Zero what a step reads, for a CTA that rehearses it. */
+  /*! \brief Zero what steps read, for a CTA that rehearses them. */
   __device__ __forceinline__ void Clear(uint8_t* base, const shared_plan_t<C>& plan) const {
     const auto zero_words = [&](void* from, int bytes) {
 #pragma unroll 1
@@ -67,7 +67,8 @@ struct cta_t {
     };
     zero_words(&shared.columns, sizeof(shared.columns));
     zero_words(&shared.limits, sizeof(shared.limits));
-    zero_words(base + plan.ring, C::kStepBytes);
+    zero_words(base + plan.ring, C::kStepBytes);  // the first stages of two warps
+    zero_words(base + plan.ring + launch.num_stages * C::kStepBytes, C::kStepBytes);
     zero_words(rows, C::kColumns * C::kHeadDim * 6);  // and the query's terms after them
   }
 };
@@ -102,6 +103,10 @@ struct attention_t {
     if (item.end - item.begin <= 2 * C::kWarps) clear_begin = item.end;
     clear_end = from_newest + 1 - (max(limits.all_begin, 0) + C::kStepTokens - 1) / C::kStepTokens;
   }
+
+  /*! \brief Take the second of two steps, which is another warp's, for one in which nothing is
+   * rare: its code is not the first one's. */
+  __device__ __forceinline__ void RehearseSteps() { clear_begin = 1, clear_end = 2; }
 
   /*! \brief Have the first of all copies attended to, though nothing was written to it. */
   __device__ __forceinline__ void RehearseCopy() {

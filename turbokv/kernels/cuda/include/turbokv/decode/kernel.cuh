@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kCtas)
       query_fragments_t<C> query;
       query.Load(cta.query, shared.columns, at, C::kAllFeatures && p.logits_soft_cap > 0, cta.zero);
       attention_t<C> attention(cta, item, query, stream);
+      if (role == rehearsal_t::kSteps) attention.RehearseSteps();
       if (role == rehearsal_t::kCopies) attention.RehearseCopy();
       attention.Run();
 

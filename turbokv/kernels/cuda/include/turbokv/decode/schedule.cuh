@@ -55,14 +55,15 @@ struct schedule_t {
         num_workers(launch.num_workers) {}
 
   /*! \brief Take an item without tokens, of which nothing will be written: one of two parts, of a
-   * step or of none. */
+   * step; of two for two warps to rehearse, or of none. */
   __device__ __forceinline__ void Rehearse(rehearsal_t role) {
-    begin = 0, end = 1;
+    const int steps = role == rehearsal_t::kSteps ? 2 : role == rehearsal_t::kCopies ? 0 : 1;
+    begin = 0, end = max(steps, 1);
     item_ctas = 2, has_aligned_item = true;
     aligned_item = {};
     aligned_item.request.steps = 2, aligned_item.request.q_len = 1;
     if (role == rehearsal_t::kEnd) aligned_item.request.rows = requests.group;
-    if (role != rehearsal_t::kCopies) aligned_item.end = 1;
+    aligned_item.end = steps, aligned_item.newest_step = max(steps - 1, 0);
   }
 
   /*! \brief Lay all steps in a line and take this CTA's part; false if there is none for it.
