@@ -101,6 +101,7 @@ class Plan:
     cache_dtype: str
     connector: str
     speculation: str
+    adapters: int
     window: int
     turns: int
     longest: int  # tokens of a prompt
@@ -345,8 +346,11 @@ def soak(plan: Plan, model: pathlib.Path, vocab: int, folder: pathlib.Path) -> d
         more["kv_transfer_config"] = connector_of(plan.connector)
     if not on_cpu():
         more["enable_sleep_mode"] = True
-    adapters = [make_adapter(model, folder / f"adapter{i}", i) for i in (1, 2)]
-    more |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 8}
+    seeds = range(1, plan.adapters + 1)
+    adapters = [make_adapter(model, folder / f"adapter{i}", i) for i in seeds]
+    if adapters:
+        more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+        more["max_cpu_loras"] = plan.adapters
     loaded = watch_loads()
     with engine(plan, str(model), plan.cache_dtype, **more) as llm:
         poison = Poison(core_of(llm), layers_of(llm))
@@ -404,7 +408,8 @@ def verdict(plan: Plan, found: dict[str, Any], cpu: bool) -> list[tuple[str, str
     settled = used[len(used) // 2 - 1 :]
     growth = max(settled) - settled[0]
     allowed = max(GROWTH_BYTES, int(GROWTH_SHARE * settled[0]))
-    wanted = ["cancelled", "preempted", "cached tokens", "lora", "reloads"]
+    wanted = ["cancelled", "preempted", "cached tokens", "reloads"]
+    wanted += ["lora"] if plan.adapters else []
     wanted += ["drafts accepted"] if plan.speculation != "none" else []
     wanted += ["loaded blocks"] if plan.connector != "none" else []
     wanted += [] if cpu else ["sleeps"]
@@ -446,6 +451,7 @@ def main() -> int:
         ("blocks", "of the cache; by default for a third of the streams"),
     ):
         parser.add_argument(f"--{name}", type=int, help=f"{meaning}; fewer on a CPU")
+    parser.add_argument("--adapters", type=int, default=2, help="of LoRA, which take turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()

@@ -27,6 +27,8 @@ if not e.on_cpu():
 import _soak_poison  # noqa: E402
 import _soak_traffic  # noqa: E402
 import soak  # noqa: E402
+import vllm  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
 from turbokv.integrations.vllm.window.pool import RecentWindow  # noqa: E402
 
@@ -36,6 +38,9 @@ def test_a_minute_of_everything_keeps_the_promise(tmp_path: pathlib.Path) -> Non
     """In a process of its own, as what drafts n-grams leaves compiled code behind."""
     said = tmp_path / "soak.json"
     command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--seconds", "60"]
+    if Version(vllm.__version__) < Version("0.33"):
+        # its CPU engine adds an adapter to requests that asked for none; canaries show it
+        command += ["--adapters", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(
         [*command, "--json", str(said)], capture_output=True, text=True, env=environment
@@ -101,7 +106,7 @@ def report(**changed: Any) -> dict[str, Any]:
     }
 
 
-PLAN = soak.Plan(1, 2, "tiny", "tq4", "MemoryConnector", "ngram", 64, 6, 64, 9, 32, 0)
+PLAN = soak.Plan(1, 2, "tiny", "tq4", "MemoryConnector", "ngram", 2, 64, 6, 64, 9, 32, 0)
 
 
 @pytest.mark.parametrize(
