@@ -81,6 +81,9 @@ struct attention_t {
   tile_stream_t<C>& stream;
   const query_fragments_t<C>& query;
   const mask_t<C> mask;
+  // In registers: ptxas had a word of it in a uniform one and copied that for every permute, 64
+  // instructions a step. Of threadIdx.y it does not know that it is zero.
+  const table_t v_table;
   softmax_t<C> state;
   int num_pending = 0;         // 16-bit copies that wait to be attended to
   int first_segment = 0;       // of the offsets in shared memory
@@ -93,7 +96,9 @@ struct attention_t {
         item(item),
         stream(stream),
         query(query),
-        mask(cta.p, cta.shared.columns, cta.shared.limits, cta.at) {
+        mask(cta.p, cta.shared.columns, cta.shared.limits, cta.at),
+        v_table{cta.launch.v_table.a0 + threadIdx.y, cta.launch.v_table.a1 + threadIdx.y,
+                cta.launch.v_table.b0 + threadIdx.y, cta.launch.v_table.b1 + threadIdx.y} {
     state.Reset();
     // step s begins at token (newest_step - (s - begin)) * kStepTokens
     const item_limits_t& limits = cta.shared.limits;
@@ -219,8 +224,8 @@ struct attention_t {
     const bool has_offset = LoadOffset(token0, offset);
     ScoreTiles<C>(stage, query, cta.launch.k_table, offset, cta.at, scores, marks);
     if constexpr (RARE) Mask(stage, token0, copies, has_offset, marks, offset, scores);
-    AccumulateTiles<C>(stage, scores, query.unit, cta.zero, cta.launch.v_table,
-                       cta.launch.v_negative, cta.at, state);
+    AccumulateTiles<C>(stage, scores, query.unit, cta.zero, v_table, cta.launch.v_negative, cta.at,
+                       state);
   }
 
   /*! \brief Note tiles with copies, a bit each, to be attended to later. */
