@@ -129,13 +129,19 @@ def markdown(paths: list[pathlib.Path]) -> str:
         for model, kind in columns:
             row = tables[model][kind][name]
             if name == "fp8":
-                cells.append(f"1 (KL {row.kl:.5f} ± {row.kl_error or 0:.5f})")
+                cells.append(f"1 (KL {_spread(row.kl, row.kl_error, 5)})")
             else:
-                cells.append(f"{row.kl_over_fp8:.2f} ± {row.kl_over_fp8_error or 0:.2f}")
+                cells.append(_spread(row.kl_over_fp8, row.kl_over_fp8_error, 2))
         bits = tables[columns[0][0]][columns[0][1]][name].bits
         shown = f"vLLM `{name}`" if ev.is_rival(name) else f"`{name}`"
         lines.append(f"| {shown} | {bits:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _spread(value: float | None, error: float | None, digits: int) -> str:
+    """Return a figure with its standard error, which one passage has not."""
+    shown = "" if value is None else f"{value:.{digits}f}"
+    return shown if error is None else f"{shown} ± {error:.{digits}f}"
 
 
 def plot(paths: list[pathlib.Path], target: pathlib.Path) -> None:
