@@ -96,6 +96,26 @@ def test_steps_without_uncentred_keys_and_with_few(marked: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("group_size", [1, 8, 16])
+def test_offsets_of_many_segments(head_dim: int, group_size: int) -> None:
+    """More segments than warps take at once, and parts that begin within one."""
+    for num_ctas in (1, 3):
+        check(
+            Case(
+                head_dim=head_dim,
+                group_size=group_size,
+                lens=(9000, 257),
+                num_kv_heads=1,
+                page_size=64,
+                centred=True,
+                num_ctas=num_ctas,
+            ),
+            loose=2,
+        )
+
+
+@pytest.mark.slow
 def test_scores_that_rise_and_fall_move_exponents() -> None:
     """Steps whose largest probabilities differ by powers of two, up and down, at random."""
     for seed in range(3):
@@ -232,3 +252,35 @@ def test_a_launch_is_planned_by_sizes_alone() -> None:
     small = harness.Device(8, 46, 101376, 102400)
     assert plan(one, device=small)[6] == 0
     assert plan(replace(one, body="cp_async"), device=small)[6] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{}, {"group_size": 8}, {"head_dim": 64, "k_bits": 3}])
+def test_offsets_of_long_requests_cost_no_stage(shape: dict[str, Any]) -> None:
+    for requests in (1, 16, 31):
+        case = Case(lens=(3,) * requests, centred=True, **shape)
+        problem = Problem(case)
+        arguments = problem.arguments()
+        p = harness.params(arguments)
+        plans = []
+        for segments in (0, 1, 160, 256, 1000):
+            p.num_segments = segments
+            if not segments:
+                p.k_offset_rotated = None
+            else:
+                assert problem.k_offset is not None
+                p.k_offset_rotated = problem.k_offset.data_ptr()
+            columns = harness.columns_of(arguments["k_format"].padded_dim, case.group_size)
+            variant = harness.Variant(
+                arguments["k_format"].padded_dim, case.k_bits, case.v_bits, columns
+            )
+            found = (ctypes.c_int * 7)()
+            harness.load(variant).turbokv_plan_decode(
+                ctypes.byref(p),
+                ctypes.byref(harness.Options(0, 0, False)),
+                ctypes.byref(harness.H200),
+                ctypes.c_bool(False),
+                found,
+            )
+            plans.append(list(found))
+        assert all(each == plans[0] for each in plans), (case, plans)

@@ -60,11 +60,13 @@ struct alignas(128) shared_t {
 /*! \brief Where the arrays after shared_t lie, in bytes from its start. */
 template <class C>
 struct shared_plan_t {
-  int ring;      // [kWarps, num_stages, kStepBytes]
-  int merge;     // float [kWarps, kMergeRegs, 32]
+  int ring;   // [kWarps, num_stages, kStepBytes]
+  int merge;  // float [kWarps, kMergeRegs, 32], from an item's end on
+  // float [segments, kColumns]: scores of the offsets of K, until an item's end. It has the room of
+  // merge: room of its own would cost long requests a stage.
+  int offsets;
   int rows;      // float [kColumns, kHeadDim]: the rotated query, at an item's end its output
   int query;     // [2 terms, kColumns, kHeadDim], in the order of K's fragments
-  int offsets;   // float [segments, kColumns]: scores of the offsets of K
   int requests;  // int [copies, arrays, batch_size + 1], see requests_t
   int bytes;
 
@@ -72,14 +74,16 @@ struct shared_plan_t {
   __host__ __device__ shared_plan_t(const decode_params_t& p, int num_stages, bool cached) {
     ring = sizeof(shared_t<C>);
     merge = ring + C::kWarps * num_stages * C::kStepBytes;
-    rows = merge + C::kWarps * C::kMergeRegs * 128;
-    query = rows + C::kColumns * C::kHeadDim * 4;
-    offsets = query + C::kColumns * C::kHeadDim * 2;
-    int segments = 0;
+    offsets = merge;
+    int room = C::kWarps * C::kMergeRegs * 128;
     if (C::kAllFeatures && p.k_offset_rotated != nullptr) {
-      segments = p.num_segments < kSegmentsPerPass ? p.num_segments : kSegmentsPerPass;
+      const int segments = p.num_segments < kSegmentsPerPass ? p.num_segments : kSegmentsPerPass;
+      const int needed = segments * C::kColumns * 4;
+      room = needed > room ? needed : room;
     }
-    requests = offsets + segments * C::kColumns * 4;
+    rows = merge + room;
+    query = rows + C::kColumns * C::kHeadDim * 4;
+    requests = query + C::kColumns * C::kHeadDim * 2;
     // few requests: a copy for each warp, so that none waits for another
     const int copies = p.batch_size <= kWarpRequests ? C::kWarps : 1;
     const int arrays = !cached ? 1 : p.qo_indptr != nullptr ? 3 : 2;
