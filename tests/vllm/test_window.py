@@ -459,6 +459,14 @@ def test_pages_written_by_others_lose_their_slots(backend: str) -> None:
     assert (window.tile_slots == -1).all()
 
 
+def test_a_map_of_an_engines_step_is_forgotten_from_outside_of_it() -> None:
+    with torch.inference_mode():
+        window = RecentWindow(4, 64, 8, 64, 4, "cpu")
+    window.invalidate(torch.tensor([2], device="cpu"))
+    window.clear()
+    assert (window.tile_slots == -1).all()
+
+
 def test_the_map_stays_where_it_is() -> None:
     window = make("torch", 10, 16, 8, 64, 4)
     address = window.tile_slots.data_ptr()

@@ -272,6 +272,7 @@ class RecentWindow:
 
     # --- pages that change behind the map's back ------------------------------------------------
 
+    @torch.inference_mode()  # as vLLM's steps, whose tensors none may write outside of it
     def invalidate(self, pages: Tensor) -> None:
         """Take the slots of ``pages`` (int64 or int32, any number), whose bytes others wrote.
 
@@ -286,6 +287,7 @@ class RecentWindow:
         self._slot_tile.masked_fill_(lost, -1)
         self._slot_state.masked_fill_(lost, 0)
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """Forget all copies, as after a wake from sleep; the map's address stays."""
         self.tile_slots.fill_(-1)
