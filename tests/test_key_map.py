@@ -177,6 +177,52 @@ def test_a_sink_logit_takes_its_share_of_the_weights() -> None:
     assert float(sunk._sums[0].k[1].abs().max()) < 1e-6 * float(plain._sums[0].k[1].abs().max())
 
 
+def test_a_map_is_judged_pair_by_pair() -> None:
+    """By the sum of weight, energy of the stored key and energy of the query, over all pairs."""
+    q, k, v = normal(4, 12, 8, seed=1), normal(2, 12, 8, seed=2), normal(2, 12, 8, seed=3)
+    offset = normal(2, 12, 8, seed=4)
+    key_map = KeyMap(normal(2, 8, 8, seed=5) + 3 * torch.eye(8, dtype=torch.float32))
+    found = KeyMapCalibrator(window=3, sinks=2)
+    found.judge(0, key_map, no_rotary(), 1, q, k, v, offset, sm_scale=0.7)
+    want = torch.zeros(2, 2, dtype=torch.float64)
+    pairs = [
+        (q, k, offset),
+        (key_map.map_queries(q), key_map.map_keys(k), key_map.map_keys(offset)),
+    ]
+    for kind, (asked, keys, offsets) in enumerate(pairs):
+        for head in range(4):
+            for i in range(12):
+                logits = q[head, i].double() @ k[head // 2, : i + 1].double().T * 0.7
+                p = torch.softmax(logits, -1)
+                o = p @ v[head // 2, : i + 1].double()
+                for t in range(2, i - 2):
+                    w = p[t] ** 2 * (v[head // 2, t].double() - o).square().sum()
+                    key, off = keys[head // 2, t].double(), offsets[head // 2, t].double()
+                    energy = min(key.square().sum(), (key - off).square().sum())
+                    want[kind, head // 2] += w * energy * asked[head, i].double().square().sum()
+    torch.testing.assert_close(found._costs[0], want, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_a_map_does_not_help_keep_their_keys() -> None:
+    """Large keys that meet small queries: less error on average by traces, more by pairs."""
+    tokens, dim = 40, 8
+    q, k, v = (torch.zeros(2, tokens, dim, dtype=torch.float32) for _ in "qkv")
+    v += normal(2, tokens, dim, seed=3)
+    q += normal(2, tokens, dim, seed=1)
+    k += normal(2, tokens, dim, seed=2)
+    found = KeyMapCalibrator(window=3, sinks=2)
+    matrix = torch.eye(dim, dtype=torch.float32).repeat(2, 1, 1)
+    matrix[1] = torch.diag(torch.tensor([100.0] + [1.0] * (dim - 1), dtype=torch.float32))
+    # head 0 gets a map that does what it should, head 1 one that blows up a direction of both
+    k[0, :, 0], q[0, :, 0] = 30 * k[0, :, 0], q[0, :, 0] / 30
+    matrix[0, 0, 0] = 1 / 30
+    key_map = KeyMap(matrix)
+    found.judge(0, key_map, no_rotary(), 1, q, k, v, torch.zeros_like(k), sm_scale=0.3)
+    kept = found.accepted(0, key_map)
+    assert torch.equal(kept.matrix[0], matrix[0])
+    assert torch.equal(kept.matrix[1], torch.eye(dim, dtype=torch.float32))
+
+
 def test_texts_within_the_window_give_no_map() -> None:
     found = KeyMapCalibrator(window=16, sinks=2)
     x = normal(1, 16, 8)

@@ -19,6 +19,7 @@ the map that is not orthogonal and the average over positions are ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,8 @@ _RIDGE = 0.01
 MAX_SHIFTED = 32_768
 # Queries of a piece whose attention is held at a time.
 _QUERIES = 1024
+# Shifts of position that a map is judged at.
+_JUDGED = 4
 # fp32 matrices times their inverses are within 1e-4 of one up to condition numbers of 1e3.
 _INVERSE_TOLERANCE = 1e-2
 
@@ -222,6 +225,27 @@ class _Sums:
     weight: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """What attention of one layer gets for a text, and its options, as in ``update``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sm_scale: float
+    logits_soft_cap: float
+    sinks: Tensor | None
+
+
+def _energy(x: Tensor) -> Tensor:
+    return x.square().sum(-1)
+
+
+def _stored_energy(k: Tensor, offset: Tensor) -> Tensor:
+    """Return the energy of keys as they are stored: uncentred where that is shorter."""
+    return torch.minimum(_energy(k), _energy(k - offset))
+
+
 class KeyMapCalibrator:
     """Collects attention-weighted covariances by layer and turns them into maps.
 
@@ -235,6 +259,7 @@ class KeyMapCalibrator:
         self.window = window
         self.sinks = sinks
         self._sums: dict[int, _Sums] = {}
+        self._costs: dict[int, Tensor] = {}
 
     def layers(self) -> list[int]:
         """Return the layers with anything collected, in order."""
@@ -268,40 +293,106 @@ class KeyMapCalibrator:
             Of the layer's attention, as for :meth:`turbokv.paged.PagedKVCache.attention`; ``sinks``
             are logits ``[num_qo_heads]`` of a token without value.
         """
-        heads, tokens, dim = k.shape
-        q, k, v = q.float(), k.float(), v.float()
-        group = q.shape[0] // heads
+        heads, _, dim = k.shape
         zeros = torch.zeros((heads, dim, dim), dtype=torch.float64, device="cpu")
         sums = self._sums.setdefault(layer, _Sums(zeros, zeros.clone()))
-        token = torch.arange(tokens, dtype=torch.int64, device=k.device)
-        centred = k - offset
-        lengths = v.square().sum(-1)
-        logit_of_sink = None if sinks is None else sinks.float().view(heads, group)
+        centred = k.float() - offset
+        text = _Text(q.float(), k.float(), v.float(), sm_scale, logits_soft_cap, sinks)
         for head in range(heads):
-            seen = torch.zeros(tokens, dtype=torch.float32, device=k.device)
-            for first in range(0, tokens, _QUERIES):
-                rows = slice(first, min(first + _QUERIES, tokens))
-                own = q[head * group : (head + 1) * group, rows]
-                logits = own @ k[head].T * sm_scale
-                if logits_soft_cap > 0:
-                    logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-                ahead = token - token[rows, None]
-                logits.masked_fill_(ahead > 0, -math.inf)
-                total = logits.logsumexp(-1)
-                if logit_of_sink is not None:
-                    total = torch.logaddexp(total, logit_of_sink[head, :, None])
-                p = torch.exp(logits - total[..., None])
-                o = p @ v[head]
-                # |v - o|^2, which rounding may make negative where v is o
-                away = lengths[head] - 2 * (o @ v[head].T) + o.square().sum(-1)[..., None]
-                counts = (ahead <= -self.window) & (token >= self.sinks)
-                weight = p.square() * away.clamp_min(0) * counts
+            seen = torch.zeros(k.shape[1], dtype=torch.float32, device=k.device)
+            for own, weight in self._pairs(text, head):
                 seen += weight.sum((0, 1))
                 by_query = weight.sum(-1).double()[..., None] * own
                 sums.q[head] += torch.einsum("gid,gie->de", by_query, own.double()).cpu()
             by_key = seen.double()[:, None] * centred[head]
             sums.k[head] += (by_key.T @ centred[head].double()).cpu()
             sums.weight += float(seen.sum())
+
+    def _pairs(self, text: _Text, head: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield queries of a KV head ``[group, rows, dim]``, and how much each key counts for them.
+
+        Weights are ``[group, rows, tokens]``.
+        """
+        group, tokens = text.q.shape[0] // text.k.shape[0], text.k.shape[1]
+        heads = slice(head * group, (head + 1) * group)
+        k, v = text.k[head], text.v[head]
+        token = torch.arange(tokens, dtype=torch.int64, device=k.device)
+        lengths = v.square().sum(-1)
+        for first in range(0, tokens, _QUERIES):
+            rows = slice(first, min(first + _QUERIES, tokens))
+            own = text.q[heads, rows]
+            logits = own @ k.T * text.sm_scale
+            if text.logits_soft_cap > 0:
+                logits = text.logits_soft_cap * torch.tanh(logits / text.logits_soft_cap)
+            ahead = token - token[rows, None]
+            logits.masked_fill_(ahead > 0, -math.inf)
+            total = logits.logsumexp(-1)
+            if text.sinks is not None:
+                total = torch.logaddexp(total, text.sinks.float()[heads, None])
+            p = torch.exp(logits - total[..., None])
+            o = p @ v
+            # |v - o|^2, which rounding may make negative where v is o
+            away = lengths - 2 * (o @ v.T) + o.square().sum(-1)[..., None]
+            counts = (ahead <= -self.window) & (token >= self.sinks)
+            yield own, p.square() * away.clamp_min(0) * counts
+
+    def judge(
+        self,
+        layer: int,
+        key_map: KeyMap,
+        rotary: Rotary,
+        longest: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        offset: Tensor,
+        *,
+        sm_scale: float,
+        logits_soft_cap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Add a text to what errors of outputs are expected to be, with ``key_map`` and without.
+
+        The sum over pairs of weight, ``|A k|^2`` and ``|A^-T q|^2``, of which the product of traces
+        that :func:`best_map` makes least is only an estimate: large keys may meet small queries.
+        Averaged over some shifts of position up to ``longest``; other arguments as in
+        :meth:`update`.
+        """
+        text = _Text(q.float(), k.float(), v.float(), sm_scale, logits_soft_cap, sinks)
+        key_map = key_map.to(k.device)
+        heads = k.shape[0]
+        costs = self._costs.setdefault(
+            layer, torch.zeros((2, heads), dtype=torch.float64, device="cpu")
+        )
+        step = max(longest // _JUDGED // SEGMENT, 1) * SEGMENT
+        plain = _energy(text.q), _stored_energy(text.k, offset)
+        mapped = []
+        for shift in range(0, max(longest, 1), step):
+            turned = []
+            for x in (text.q, text.k, offset):
+                at = torch.full((x.shape[1],), shift, dtype=torch.int64, device=x.device)
+                turned.append(rotary.rotate(x, at))
+            own_q, own_k, own_offset = turned
+            keys = key_map.map_keys(own_k), key_map.map_keys(own_offset)
+            mapped.append((_energy(key_map.map_queries(own_q)), _stored_energy(*keys)))
+        group = q.shape[0] // heads
+        for head in range(heads):
+            first = 0
+            for own, weight in self._pairs(text, head):
+                rows = slice(first, first + own.shape[1])
+                first = rows.stop
+                group_rows = slice(head * group, (head + 1) * group), rows
+                for kind, energies in ((0, [plain]), (1, mapped)):
+                    for of_q, of_k in energies:
+                        seen = torch.einsum("grt,gr->t", weight, of_q[group_rows])
+                        costs[kind, head] += float(seen @ of_k[head]) / len(energies)
+
+    def accepted(self, layer: int, key_map: KeyMap) -> KeyMap:
+        """Return ``key_map`` with heads left as they are where it was judged not to help."""
+        costs = self._costs[layer]
+        is_worse = (costs[1] >= costs[0]).to(key_map.matrix.device)
+        one = torch.eye(key_map.head_dim, dtype=torch.float32, device=key_map.matrix.device)
+        return KeyMap(torch.where(is_worse[:, None, None], one, key_map.matrix))
 
     def key_map(self, layer: int, rotary: Rotary, longest: int) -> KeyMap:
         """Return the map of a layer, for contexts of up to ``longest`` tokens.

@@ -22,7 +22,7 @@ from turbokv.centring import PROBE_TOKENS, KeyOffsets, Rotary, matching_rotary, 
 from turbokv.codec import TurboKVCodec
 from turbokv.integrations.transformers.layers import DEFAULT_SINKS, DEFAULT_WINDOW, sees_everything
 from turbokv.integrations.transformers.models import fingerprint
-from turbokv.key_map import MAX_SHIFTED, KeyMapCalibrator
+from turbokv.key_map import MAX_SHIFTED, KeyMap, KeyMapCalibrator
 
 _CAPTURE = "turbokv_capture"
 PARTS = ("offsets", "k_map", "k_scale", "v_scale", "v_shift", "k_codebook", "v_codebook")
@@ -270,27 +270,33 @@ def _with_maps(
 ) -> dict[int, LayerCalibration]:
     """Measure maps of centred keys, of layers that compress and whose rotary embedding is known."""
     found = KeyMapCalibrator(DEFAULT_WINDOW, DEFAULT_SINKS)
+    maps: dict[int, KeyMap] = {}
+    if longest is None:
+        text = model.config.get_text_config(decoder=True)
+        longest = min(getattr(text, "max_position_embeddings", MAX_SHIFTED), MAX_SHIFTED)
 
     def observe(index: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> None:
         layer = layers.get(index)
         if layer is None or layer.offsets is None:
             return
-        offsets = layer.offsets.to(k.device)
-        sinks = options.get("s_aux")
-        found.update(
-            index,
-            q[0],
-            k[0],
-            v[0],
-            offsets.at(0, k.shape[2]),
-            sm_scale=options.get("scaling") or k.shape[-1] ** -0.5,
-            logits_soft_cap=options.get("softcap") or 0.0,
-            sinks=sinks,
-        )
+        offset = layer.offsets.to(k.device).at(0, k.shape[2])
+        settings: dict[str, Any] = {
+            "sm_scale": options.get("scaling") or k.shape[-1] ** -0.5,
+            "logits_soft_cap": options.get("softcap") or 0.0,
+            "sinks": options.get("s_aux"),
+        }
+        if maps:
+            judged = (index, maps[index], rotaries[index], longest)
+            found.judge(*judged, q[0], k[0], v[0], offset, **settings)
+        else:
+            found.update(index, q[0], k[0], v[0], offset, **settings)
 
-    with _observed(model, observe):
-        for piece in pieces:
-            _body(model)(input_ids=piece, use_cache=False)
+    def run() -> None:
+        with _observed(model, observe):
+            for piece in pieces:
+                _body(model)(input_ids=piece, use_cache=False)
+
+    run()
     missing = [i for i, kept in layers.items() if kept.offsets and i not in found.layers()]
     if missing:
         raise ValueError(
@@ -298,13 +304,12 @@ def _with_maps(
             " a model whose attention goes through Transformers' interface, but layers"
             f" {missing} saw nothing that counts"
         )
-    if longest is None:
-        text = model.config.get_text_config(decoder=True)
-        longest = min(getattr(text, "max_position_embeddings", MAX_SHIFTED), MAX_SHIFTED)
+    for index, layer in layers.items():
+        if layer.offsets:
+            maps[index] = found.key_map(index, rotaries[index], longest)
+    run()  # again: a map is judged by the pairs that it was made from
     return {
-        index: replace(layer, k_map=found.key_map(index, rotaries[index], longest))
-        if layer.offsets
-        else layer
+        index: replace(layer, k_map=found.accepted(index, maps[index])) if layer.offsets else layer
         for index, layer in layers.items()
     }
 
