@@ -43,7 +43,7 @@ def test_a_sentence_answers_first() -> None:
     found = sentence(plan(QWEN3_8B, gpu_memory=80, context=250_000))
     assert found == (
         "qwen3 on one GPU of 80 GiB: 1.5 M tokens at tq_k5v3, 399K at bf16;"
-        " your context of 250K tokens fits 6 times at tq_k5v3, and fits once at bf16."
+        " your context of 250K tokens fits 5 times at tq_k5v3, and fits once at bf16."
     )
 
 

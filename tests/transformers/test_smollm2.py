@@ -195,7 +195,7 @@ def test_plan_and_doctor_on_the_command_line(tmp_path: pathlib.Path) -> None:
     assert out.exit_code == 0, out.output
     rows = {row["name"]: row for row in json.loads(out.stdout)["rows"]}
     assert rows["bf16"]["bytes_per_token"] == 131072
-    assert rows["k4v4"]["bytes_per_token"] == 32 * 8 * 132
+    assert rows["tq4"]["bytes_per_token"] == 32 * 8 * 132
     assert runner.invoke(cli.app, ["plan", str(config)]).exit_code == 0
     out = runner.invoke(cli.app, ["doctor", "--json"])
     assert out.exit_code == 0 and "torch" in out.stdout.lower()
